@@ -13,12 +13,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, mm_flop
 
-_WRAPPERS = ("_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module")
-
-
-def clean_name(name: str) -> str:
-    """Name without the parts that FSDP, compile and checkpointing wrappers insert."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+from lightning_compress.targets import clean_name
 
 
 class Runnable(Protocol):
@@ -192,7 +187,7 @@ def count_macs(model: nn.Module, call: Runnable) -> MacsReport:
         warnings.filterwarnings("ignore", message="Using `torch.compile.*global hooks")
         stack.enter_context(untouched(model))
         for name, module in model.named_modules():
-            clean = clean_name(name)
+            clean = clean_name(name, model)
             stack.callback(module.register_forward_pre_hook(enter(clean), prepend=True).remove)
             stack.callback(module.register_forward_hook(leave(clean), always_call=True).remove)
         stack.enter_context(_plain_kernels())

@@ -16,7 +16,6 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from lightning_compress._macs import Call as Call
 from lightning_compress._macs import MacsReport as MacsReport
 from lightning_compress._macs import Runnable as Runnable
-from lightning_compress._macs import clean_name
 from lightning_compress._macs import count_macs as count_macs
 from lightning_compress._macs import untouched as untouched
 from lightning_compress._running import Latency as Latency
@@ -25,6 +24,7 @@ from lightning_compress._running import LiveBytes as LiveBytes
 from lightning_compress._running import latency as latency
 from lightning_compress._running import latency_ratio as latency_ratio
 from lightning_compress.ranks import Ranks
+from lightning_compress.targets import clean_name
 
 
 def _own(name: str) -> bool:
@@ -33,7 +33,7 @@ def _own(name: str) -> bool:
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    return ((clean_name(name), p) for name, p in model.named_parameters() if _own(name))
+    return ((clean_name(name, model), p) for name, p in model.named_parameters() if _own(name))
 
 
 def _local(tensor: Tensor) -> Tensor:
