@@ -1,0 +1,212 @@
+"""Where distillation terms get their records: taps on a student, and a teacher that is asked the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.distillation.taps import Call, TapSet, tensors_in
+from lightning_compress.distillation.teachers import Teacher
+from lightning_compress.errors import CompressionError
+from lightning_compress.schedule import Scheduled
+from lightning_compress.terms import LossTerm, Records, Resolvable, Shapes, TapSpec, non_negative
+
+
+class TeacherRunner:
+    """Runs the teacher with the arguments of recorded calls, and reads what its taps saw.
+
+    Args:
+        teacher: Whom to ask.
+        names: Clean names of the teacher's modules to tap.
+
+    Raises:
+        CompressionError: If the teacher has no module of a name.
+
+    Example:
+        >>> runner = TeacherRunner(Teacher(nn.Linear(4, 2)), [""])
+        >>> runner([Call((torch.ones(3, 4),), {}, None)], [TapSpec()])[TapSpec()][0].shape
+        torch.Size([3, 2])
+        >>> runner.close()
+    """
+
+    def __init__(self, teacher: Teacher, names: Iterable[str]) -> None:
+        self.teacher = teacher
+        self.taps = TapSet(teacher.module, names)
+
+    def __call__(self, calls: Sequence[Call], specs: Iterable[TapSpec]) -> dict[TapSpec, list[Any]]:
+        """Ask the teacher once per call; return by tap what was seen, in the order of the calls."""
+        specs = set(specs)
+        inner = {spec for spec in specs if spec != TapSpec()}
+        outputs = []
+        try:
+            with self.taps.recording({spec.module for spec in inner}):
+                outputs = [self.teacher(*call.args, **call.kwargs) for call in calls]
+            seen = {spec: self.taps.values(spec) for spec in inner}
+        finally:
+            self.taps.clear()
+        for spec, values in seen.items():
+            if not values:
+                raise CompressionError(
+                    f"The teacher's module {spec.module!r} was not called when the teacher ran, so there is nothing "
+                    "to learn from it. Tap a module that the teacher's `forward` calls."
+                )
+        return {**seen, TapSpec(): outputs} if TapSpec() in specs else seen
+
+    def close(self) -> None:
+        """Take the hooks off the teacher."""
+        self.taps.remove()
+
+
+class TapSource(Resolvable):
+    """Loss terms with their taps on a student and, if a term wants one, a teacher (a `TermSource`).
+
+    Make it before the student's first forward, so before anything is compiled.
+
+    Args:
+        name: Whose terms they are; part of names in logs and of owned modules. No dots.
+        student: The part of the user's module that is distilled.
+        terms: What to add to the loss.
+        teacher: Who answers; may be None if no term taps it.
+        task_weight: Factor of the user's own loss, >= 0.
+
+    Raises:
+        CompressionError: If a tapped module does not exist, or a term wants a teacher and there is none.
+        ValueError: If the task weight is out of range.
+    """
+
+    scheduled = ("task_weight",)
+
+    def __init__(
+        self,
+        name: str,
+        student: nn.Module,
+        terms: Sequence[LossTerm],
+        teacher: Teacher | None = None,
+        task_weight: float | Scheduled = 1.0,
+    ) -> None:
+        if not name or "." in name:
+            raise ValueError(f"The name of a source is part of module names: not empty, no dots; found {name!r}.")
+        self.name = name
+        self.terms = list(terms)
+        self.task_weight = non_negative(name, "task_weight", task_weight)
+        self._specs = {term.name: term.taps() for term in self.terms}
+        asked = {spec.module for specs in self._specs.values() for spec in specs.teacher}
+        if asked and teacher is None:
+            raise CompressionError(
+                f"The terms {list(self._specs)} of {name!r} compare with a teacher, and none was given."
+            )
+        # The student itself is always tapped: its arguments are what the teacher is asked.
+        watched = {spec.module for specs in self._specs.values() for spec in specs.student} | {""}
+        self.runner = None if teacher is None else TeacherRunner(teacher, sorted(asked))
+        self.taps = TapSet(student, sorted(watched))
+
+    def task_weight_at(self, step: int) -> float:
+        """Return the factor of the user's own loss at an optimizer step."""
+        return self.value_at("task_weight", step)
+
+    def _watched(self, terms: Sequence[LossTerm]) -> list[str]:
+        names = {spec.module for term in terms for spec in self._specs[term.name].student}
+        if any(self._specs[term.name].teacher for term in terms):
+            names.add("")
+        return sorted(names)
+
+    def start(self, terms: Sequence[LossTerm]) -> None:
+        """Record from now on what these terms need, and only that."""
+        self.taps.start(self._watched(terms))
+
+    def stop(self) -> None:
+        """Record no more; records stay."""
+        self.taps.stop()
+
+    def clear(self) -> None:
+        """Forget the records."""
+        self.taps.clear()
+
+    def check_fired(self, terms: Sequence[LossTerm]) -> None:
+        """Refuse a tap that has never seen a call.
+
+        Raises:
+            CompressionError: It names the modules that were and that were not called.
+        """
+        fired = self.taps.fired()
+        silent = [name for name in self._watched(terms) if name not in fired]
+        if silent:
+            model = type(self.taps.root).__name__
+            say = ", ".join(repr(name) if name else f"the student itself ({model})" for name in silent)
+            raise CompressionError(
+                f"Distillation {self.name!r} watches {say}, which `training_step` did not call; it did call: "
+                f"{', '.join(repr(name) for name in fired) or 'none of the watched modules'}. Either another part is "
+                "called (name it: student='...'), or its `forward` is called directly (write `self.net(x)`, not "
+                "`self.net.forward(x)`), or the model was compiled and run before distillation was set up (call "
+                "`torch._dynamo.reset()` first)."
+            )
+
+    def collect(self, terms: Sequence[LossTerm]) -> Mapping[str, tuple[Records, Records]]:
+        """Read the taps and ask the teacher, once for all terms.
+
+        Calls through which no gradient flows (under ``no_grad``, or of a frozen student) teach nothing and are left
+        out.
+
+        Raises:
+            CompressionError: If recorded values were overwritten in place.
+        """
+        specs = {term.name: self._specs[term.name] for term in terms}
+        student = {
+            spec: self.taps.values(spec, teaching_only=True)
+            for spec in {s for both in specs.values() for s in both.student}
+        }
+        calls = self.taps.taps[""].calls(teaching_only=True) if any(both.teacher for both in specs.values()) else []
+        ready = {
+            name: both
+            for name, both in specs.items()
+            if all(student[s] for s in both.student) and (calls or not both.teacher)
+        }
+        wanted = {spec for both in ready.values() for spec in both.teacher}
+        teacher = self.runner(calls, wanted) if self.runner is not None and wanted else {}
+        return {
+            name: ({s: student[s] for s in both.student}, {t: teacher[t] for t in both.teacher})
+            for name, both in ready.items()
+        }
+
+    @torch.no_grad()
+    def measure(self, run: Callable[[], object]) -> Shapes:
+        """Run an example call of the student and return the shapes that the taps saw, for `StepPipeline.attach`.
+
+        Args:
+            run: Calls the student (directly, or the user's ``training_step``).
+
+        Raises:
+            CompressionError: If a watched module is not called by it.
+        """
+        specs = self._specs.values()
+        try:
+            with self.taps.recording():
+                run()
+            self.check_fired(self.terms)
+            student = {spec: _shape(self.taps.values(spec)[0]) for both in specs for spec in both.student}
+            asked = {spec for both in specs for spec in both.teacher}
+            calls = self.taps.taps[""].calls()[:1]
+            seen = self.runner(calls, asked) if self.runner is not None and asked else {}
+            return Shapes(student, {spec: _shape(values[0]) for spec, values in seen.items()})
+        finally:
+            self.taps.clear()
+            for tap in self.taps.taps.values():
+                tap.fired = False  # an example call does not show that `training_step` calls it
+
+    def retarget(self, old: nn.Module, new: nn.Module) -> bool:
+        """Follow surgery in the student; returns whether a tap moved."""
+        return self.taps.retarget(old, new)
+
+    def close(self) -> None:
+        """Take all hooks off the student and the teacher."""
+        self.taps.remove()
+        if self.runner is not None:
+            self.runner.close()
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    first = next(tensors_in(value), None)
+    return tuple(first.shape) if isinstance(first, Tensor) else ()

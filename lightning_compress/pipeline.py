@@ -1,0 +1,337 @@
+"""One wrapper around the user's training step, through which every technique adds to the loss and to the gradients.
+
+`StepPipeline` replaces ``training_step`` (and, under manual optimization, ``manual_backward``) on the instance and puts
+it back. With the terms of `lightning_compress.terms`, ``total = task_weight * task + sum(weight * term)``; a term whose
+weight is 0 at a step is not computed, and its teacher is not run. Terms of the parameters act in
+`StepPipeline.before_optimizer_step`.
+
+No Lightning here: the module is used through ``training_step``, ``manual_backward`` and ``automatic_optimization``.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.errors import CompressionError
+from lightning_compress.terms import PREFIX as PREFIX
+from lightning_compress.terms import GradientTerm as GradientTerm
+from lightning_compress.terms import LossTerm as LossTerm
+from lightning_compress.terms import Shapes as Shapes
+from lightning_compress.terms import TapSpec as TapSpec
+from lightning_compress.terms import TapSpecs as TapSpecs
+from lightning_compress.terms import TermSource as TermSource
+from lightning_compress.terms import child_name as child_name
+from lightning_compress.terms import local_pair as local_pair
+
+MANUAL_PATIENCE = 10
+"""Manual steps (a GAN may alternate) after which a tap that never fired is an error."""
+
+_MISSING = object()
+_ORDER = ("scores", "penalties", "masks")
+
+
+def _itself(function: Any) -> Any:
+    return function
+
+
+class _Wrapped:
+    """A method that stands in for another on one instance.
+
+    A copy or a pickle of it is the method that it stands in for: `EMAWeightAveraging` deep-copies the module, and the
+    copy must run the user's own code on its own weights.
+    """
+
+    def __init__(self, inner: Callable[..., Any], handle: Callable[..., Any]) -> None:
+        # `updated=()`: torch.compile leaves marks in `__dict__` that are not true of the wrapper.
+        functools.update_wrapper(self, inner, updated=())
+        # Lightning looks exactly one level deep, so show it what it would see without us.
+        self.__wrapped__ = getattr(inner, "__wrapped__", inner)
+        self.inner = inner
+        self.handle: Callable[..., Any] | None = handle
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.handle is None:
+            return self.inner(*args, **kwargs)
+        return self.handle(self.inner, *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self.inner, memo)
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return _itself, (self.inner,)
+
+
+@dataclass(frozen=True)
+class _Active:
+    """The terms of one source that take part in one step, and their weights."""
+
+    source: TermSource
+    terms: tuple[LossTerm, ...]
+    weights: tuple[float, ...]
+
+
+class StepPipeline:
+    """The one wrapper of a module's training step; all our callbacks share it.
+
+    Args:
+        step_of: Returns the optimizer step now, by which weights are scheduled.
+
+    Example:
+        >>> class Lit(nn.Module):
+        ...     automatic_optimization = True
+        ...     def training_step(self, batch, batch_idx):
+        ...         return batch.sum()
+        >>> lit = Lit()
+        >>> pipeline = StepPipeline(step_of=lambda: 0)
+        >>> pipeline.install(lit)
+        >>> lit.training_step(torch.ones(2), 0)
+        tensor(2.)
+        >>> pipeline.uninstall()
+        >>> "training_step" in vars(lit)
+        False
+    """
+
+    def __init__(self, step_of: Callable[[], int]) -> None:
+        self.step_of = step_of
+        self.sources: list[TermSource] = []
+        self.gradient_terms: list[GradientTerm] = []
+        self.last: dict[str, Tensor] = {}
+        """What the last step added: ``"task"`` and ``"<source>/<term>"`` -> detached value, not weighted."""
+        self.pl_module: Any = None
+        self._patches: list[tuple[str, _Wrapped, Any]] = []
+        self._live: tuple[int, list[_Active]] | None = None
+        self._manual_steps = 0
+
+    # -- set up and take down
+
+    def add(self, source: TermSource) -> None:
+        """Add a source of loss terms.
+
+        Raises:
+            CompressionError: If the source's name, or a term's name within it, is taken.
+        """
+        names = [term.name for term in source.terms]
+        if source.name in [known.name for known in self.sources] or len(set(names)) < len(names):
+            raise CompressionError(
+                f"Loss terms {names} of {source.name!r}: another source has this name, or two of the terms share one. "
+                "Logs and modules are named after both: give each its own with `name=`."
+            )
+        self.sources.append(source)
+
+    def add_gradient_term(self, term: GradientTerm) -> None:
+        """Add a term of the parameters; see `before_optimizer_step`."""
+        if term.order not in _ORDER:
+            raise ValueError(f"The order of gradient term {term.name!r} is {term.order!r}; it must be one of {_ORDER}.")
+        self.gradient_terms.append(term)
+
+    def attach(self, source: TermSource, pl_module: Any, shapes: Shapes) -> dict[str, nn.Module]:
+        """Build the modules that the source's terms own and add them to the user's module as children.
+
+        Call it before the strategy wraps the module and before optimizers are made. A child that is there already (a
+        second fit) is kept.
+
+        Args:
+            source: Whose terms to build for.
+            pl_module: The user's module.
+            shapes: What the taps saw in an example call.
+
+        Returns:
+            The source's modules by the name of the child, ``_lc_<source>_<term>``.
+        """
+        owned: dict[str, nn.Module] = {}
+        for term in source.terms:
+            name = child_name(source, term)
+            module = pl_module._modules.get(name)
+            if module is None:
+                module = term.build(shapes)
+            if module is not None:
+                pl_module.add_module(name, module)
+                owned[name] = module
+        return owned
+
+    def wanted_requires_grad(self, step: int) -> dict[str, bool]:
+        """Say for each owned module whether it trains at ``step``: not while its term has weight 0."""
+        children = self.pl_module._modules if self.pl_module is not None else {}
+        pairs = [(child_name(source, term), term) for source in self.sources for term in source.terms]
+        return {name: term.weight_at(step) != 0 for name, term in pairs if children.get(name) is not None}
+
+    def install(self, pl_module: Any) -> None:
+        """Wrap the module's training step on the instance; does nothing if that was done.
+
+        Under manual optimization two methods are wrapped: ``manual_backward`` adds the terms, ``training_step`` only
+        says when to record (validation must leave no records behind).
+
+        Raises:
+            CompressionError: If this pipeline, or another one on this module, is already installed elsewhere.
+        """
+        if self.pl_module is pl_module:
+            return
+        if self.pl_module is not None or isinstance(vars(pl_module).get("training_step"), _Wrapped):
+            raise CompressionError(
+                f"The training step of {type(pl_module).__name__} cannot be wrapped: a pipeline serves one module and "
+                "a module has one pipeline. Call `uninstall()` of the earlier one first."
+            )
+        self.pl_module = pl_module
+        if getattr(pl_module, "automatic_optimization", True):
+            handles = {"training_step": self._training_step}
+        else:
+            handles = {"training_step": self._manual_training_step, "manual_backward": self._manual_backward}
+        for name, handle in handles.items():
+            previous = vars(pl_module).get(name, _MISSING)
+            wrapped = _Wrapped(getattr(pl_module, name), handle)
+            vars(pl_module)[name] = wrapped
+            self._patches.append((name, wrapped, previous))
+
+    def uninstall(self) -> None:
+        """Put back what was there and remove all taps; safe to call twice and after an exception."""
+        for name, wrapped, previous in reversed(self._patches):
+            wrapped.handle = None  # whoever holds the wrapper, or wrapped it again, gets the user's method through it
+            if vars(self.pl_module).get(name) is wrapped:
+                if previous is _MISSING:
+                    del vars(self.pl_module)[name]
+                else:
+                    vars(self.pl_module)[name] = previous
+        for source in self.sources:
+            source.close()
+        self._patches.clear()
+        self.sources.clear()
+        self.gradient_terms.clear()
+        self.pl_module = self._live = None
+        self._manual_steps = 0
+
+    # -- loss terms
+
+    def task_weight(self, step: int) -> float:
+        """Return the factor of the user's own loss: the product over the sources."""
+        return math.prod(source.task_weight_at(step) for source in self.sources)
+
+    def _active(self, step: int) -> list[_Active]:
+        active = []
+        for source in self.sources:
+            pairs = [(term, weight) for term in source.terms if (weight := term.weight_at(step)) != 0]
+            if pairs:
+                terms, weights = zip(*pairs, strict=True)
+                active.append(_Active(source, terms, weights))
+        return active
+
+    @contextmanager
+    def _recording(self, active: list[_Active]) -> Iterator[None]:
+        for part in active:
+            part.source.start(part.terms)
+        try:
+            yield
+        finally:
+            for part in active:
+                part.source.stop()
+
+    def _training_step(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        step = self.step_of()
+        active = self._active(step)
+        self.last = {}
+        try:
+            with self._recording(active):
+                output = inner(*args, **kwargs)
+            task = output.get("loss") if isinstance(output, Mapping) else output
+            # None skips the step; anything else that is no tensor is Lightning's to complain about.
+            if not isinstance(task, Tensor) or (not active and self.task_weight(step) == 1):
+                return output
+            for part in active:
+                part.source.check_fired(part.terms)
+            total = self._scaled(task, step) + self._added(active, step)
+            return {**output, "loss": total} if isinstance(output, Mapping) else total
+        finally:
+            for part in active:
+                part.source.clear()
+
+    def _manual_training_step(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        step = self.step_of()
+        active = self._active(step)
+        self.last = {}
+        self._live = step, active
+        try:
+            with self._recording(active):
+                output = inner(*args, **kwargs)
+        finally:
+            self._live = None
+            for part in active:
+                part.source.clear()
+        self._manual_steps += bool(active)
+        if self._manual_steps >= MANUAL_PATIENCE:
+            for part in active:
+                part.source.check_fired(part.terms)
+        return output
+
+    def _manual_backward(self, inner: Callable[..., Any], loss: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self._live is None or not self._live[1]:
+            return inner(loss, *args, **kwargs)
+        step, active = self._live
+        # Activation checkpointing calls modules again in the backward: not to be recorded.
+        for part in active:
+            part.source.stop()
+        try:
+            added = self._added(active, step)
+            # The discriminator's loss of a GAN has no term in it: its scale is not ours to change.
+            total = loss if isinstance(added, float) else self._scaled(loss, step) + added
+            return inner(total, *args, **kwargs)
+        finally:
+            for part in active:
+                part.source.clear()
+                part.source.start(part.terms)
+
+    def _scaled(self, task: Tensor, step: int) -> Tensor:
+        self.last["task"] = task.detach()
+        weight = self.task_weight(step)
+        return task if weight == 1 else weight * task
+
+    def _added(self, active: list[_Active], step: int) -> Tensor | float:
+        """Return the weighted sum of the terms that saw something; the float 0 if none did."""
+        total: Tensor | float = 0.0
+        for part in active:
+            records = part.source.collect(part.terms)
+            for term, weight in zip(part.terms, part.weights, strict=True):
+                if term.name not in records:
+                    continue
+                # By name, each time: FSDP1 replaces children, surgery too.
+                term.module = self.pl_module._modules.get(child_name(part.source, term))
+                value = term.compute(*records[term.name], step)
+                if value.numel() != 1:
+                    raise ValueError(
+                        f"Loss term {term.name!r} returned a tensor of shape {tuple(value.shape)}, not a scalar."
+                    )
+                self.last[f"{part.source.name}/{term.name}"] = value.detach()
+                total = weight * value if isinstance(total, float) else total + weight * value
+        return total
+
+    # -- gradient terms
+
+    @torch.no_grad()
+    def before_optimizer_step(
+        self, parameters: Mapping[str, nn.Parameter] | None = None, optimizer: Any = None
+    ) -> None:
+        """Apply the gradient terms: scores first, then penalties, then masks, whatever order they were added in.
+
+        Call it when gradients are unscaled and complete, so in ``on_before_optimizer_step``.
+
+        Args:
+            parameters: Parameters by name; those of the installed module by default.
+            optimizer: If given, only parameters that it holds: with two optimizers each step must touch its own.
+        """
+        if not self.gradient_terms:
+            return
+        named: Iterable[tuple[str, nn.Parameter]]
+        named = self.pl_module.named_parameters() if parameters is None else parameters.items()
+        if optimizer is not None:
+            mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            named = [(name, p) for name, p in named if id(p) in mine]
+        chosen, step = dict(named), self.step_of()
+        for term in sorted(self.gradient_terms, key=lambda term: _ORDER.index(term.order)):
+            term.add_(chosen, step)
