@@ -1,0 +1,301 @@
+"""Physical channel pruning: plan a cut of whole channels that meets a target, as a plain-data edit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from lightning_compress.errors import CompressionError
+from lightning_compress.pruning.budgets import TOLERANCE, Budget, DenseReference, Solution, Supply, solve
+from lightning_compress.pruning.channel_costs import Usage, cost_model, first_names, measure
+from lightning_compress.pruning.channel_scores import group_magnitude
+from lightning_compress.pruning.graph import Call, ChannelGraph, Family, trace, widths_of
+from lightning_compress.pruning.rehearsal import Rehearsal, new_attributes, removed_by, slices_of
+from lightning_compress.surgery import Edit, Journal, Swap, register, slice_tensors, tensors_by_name
+from lightning_compress.targets import Pattern, named_modules_clean, select
+
+Scope = Literal["global", "local"]
+KIND = "channels.cut"
+MAX_CUT = 0.9  # of a layer's dense units, in global scope: a layer with a tenth of its width still passes signal
+_ROUND_FROM, _ROUND_TO = 64, 8  # kernels like multiples of 8; narrow layers have no channel to spare for that
+
+
+@dataclass(frozen=True)
+class CutPlan:
+    """A planned cut.
+
+    Args:
+        edit: ``{"kind": "channels.cut", "slices": {tensor: {"dim": kept indices}}, "attributes": {layer: {...}}}``;
+            both empty if nothing has to be cut.
+        unit: What the target counts: ``"macs"``, ``"parameters"`` or ``"channels"`` (removable units).
+        target: Largest amount accepted, in that unit.
+        reached: Amount after the cut.
+        dense: Amount of the dense model.
+        macs: Multiply-accumulates of the example call before and after.
+        parameters: Number of parameters before and after.
+        widths: Output channels before and after, for each layer that changes.
+        skipped: Layers that keep their width, with the reason.
+        notes: What had to be relaxed, which tensors are tied, and the like.
+    """
+
+    edit: dict[str, Any]
+    unit: str
+    target: float
+    reached: float
+    dense: float
+    macs: tuple[float, float]
+    parameters: tuple[int, int]
+    widths: dict[str, tuple[int, int]]
+    skipped: dict[str, str]
+    notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        share = 100 / self.dense if self.dense else 0.0
+        lines = [
+            f"{self.unit}: {self.reached:.6g} of {self.dense:.6g} dense ({self.reached * share:.2f} %), "
+            f"target {self.target:.6g} ({self.target * share:.2f} %)",
+            f"parameters: {self.parameters[0]} -> {self.parameters[1]}; MACs: {self.macs[0]:.6g} -> {self.macs[1]:.6g}",
+            *(f"  {layer}: {before} -> {after}" for layer, (before, after) in self.widths.items()),
+            *(f"  kept {layer}: {reason}" for layer, reason in self.skipped.items()),
+            *(f"note: {note}" for note in self.notes),
+        ]
+        return "\n".join(lines)
+
+
+def dense_reference(model: nn.Module, call: Call) -> DenseReference:
+    """Measure the model before the first cut.
+
+    Args:
+        model: The dense model; it is left as it was.
+        call: One example call.
+
+    Returns:
+        What all shares of a `Budget` are relative to; keep it for every later event.
+
+    Raises:
+        CompressionError: If the example call fails or cannot be traced.
+    """
+    usage, graph = measure(model, call), trace(model, call)
+    return DenseReference(
+        usage.macs, usage.total_parameters, dict(widths_of(model)), {f.key: f.units for f in graph.families}
+    )
+
+
+def plan_cut(
+    model: nn.Module,
+    call: Call,
+    *,
+    target: Budget,
+    dense: DenseReference,
+    scope: Scope = "global",
+    targets: Sequence[Pattern] | Pattern = ("*",),
+    exclude: Sequence[Pattern] | Pattern = (),
+    round_to: int | None = None,
+    min_channels: int = 1,
+) -> CutPlan:
+    """Decide which channels to cut so that the model meets a target; the model itself is never changed.
+
+    Channels that hang together (residual sums, concatenations, grouped convolutions, normalisation, ties) are found by
+    tracing one example call, ranked by group magnitude, and removed together. What cannot be cut safely (model outputs,
+    attention heads, recurrent layers, everything that fails a rehearsal on the example call) is kept and listed.
+
+    Args:
+        model: The root module.
+        call: One example call, e.g. `lightning_compress.probe.ExampleCall`.
+        target: What to keep now, as a share of the dense model.
+        dense: The dense model's costs (`dense_reference`), recorded before the first cut.
+        scope: ``"global"`` ranks all channels together; ``"local"`` cuts the same share of every layer.
+        targets: Layers that may lose output channels: globs over clean names, class names or classes.
+        exclude: Layers that keep their output channels.
+        round_to: Kept widths are multiples of this; ``None`` means 8 for layers with at least 64 dense channels.
+            Relaxed, and noted, where it alone makes the result miss the target by more than 2 % of the dense cost.
+        min_channels: Fewest output channels of any layer, at least 1.
+
+    Returns:
+        The plan; its edit is applied by `lightning_compress.surgery.edit`.
+
+    Raises:
+        CompressionError: If the target cannot be met, a target layer cannot be followed (hidden from autograd, computed
+            weight, NaN), or the example call fails.
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from lightning_compress.pruning.budgets import Budget
+        >>> from lightning_compress.pruning.channels import dense_reference, plan_cut
+        >>> class Call:
+        ...     module = ""
+        ...     def run(self, root): return root(torch.ones(1, 4))
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> plan = plan_cut(model, Call(), target=Budget(keep_macs=0.5), dense=dense_reference(model, Call()))
+        >>> plan.widths, plan.reached / plan.dense
+        ({'0': (8, 4)}, 0.5)
+    """
+    if round_to is not None and round_to < 1:
+        raise ValueError(f"round_to must be at least 1; got {round_to}")
+    if min_channels < 1:
+        raise ValueError(f"min_channels must be at least 1; got {min_channels}")
+    if scope not in ("global", "local"):
+        raise ValueError(f"scope must be 'global' or 'local'; got {scope!r}")
+    graph = trace(model, call)
+    usage = measure(model, call)
+    chosen = select(model, targets, exclude, kinds=(_ConvNd, nn.Linear), ran=graph.ran)
+    _refuse(graph, chosen)
+    skipped = _skipped(graph, chosen)
+    families = [f for f in graph.families if not set(f.producers) & set(skipped)]
+    rehearsal = Rehearsal(model, call, graph.trains)
+    faults = rehearsal.blame(families, [np.arange(1, f.units, 2) for f in families])
+    planner = _Planner(model, usage, target, dense, scope, round_to, min_channels)
+    while True:
+        skipped |= {p: faults[f.key] for f in families if f.key in faults for p in f.producers}
+        families = [f for f in families if f.key not in faults]
+        solution, units = planner.solve(families, skipped)
+        faults = rehearsal.blame(families, units)
+        if not faults:
+            return planner.plan(families, units, solution, skipped, graph.notes)
+
+
+def _refuse(graph: ChannelGraph, chosen: Mapping[str, nn.Module]) -> None:
+    hidden = [name for name in graph.hidden if name in chosen]
+    if hidden:
+        raise CompressionError(
+            f"the example call runs {', '.join(hidden)} where autograd cannot follow (reentrant activation "
+            "checkpointing, torch.no_grad, detach, or an output that is not used); use "
+            "checkpoint(use_reentrant=False), or name these layers in exclude="
+        )
+    for family in graph.families:
+        computed = family.blocked is not None and "is computed (parametrization or hook)" in family.blocked
+        if computed and all(producer in chosen for producer in family.producers):
+            raise CompressionError(
+                f"the channels of {', '.join(family.producers)} cannot be cut: {family.blocked}; make it permanent "
+                "(torch.nn.utils.parametrize.remove_parametrizations) or name the layers in exclude="
+            )
+
+
+def _skipped(graph: ChannelGraph, chosen: Mapping[str, nn.Module]) -> dict[str, str]:
+    skipped: dict[str, str] = {}
+    for family in graph.families:
+        others = [p for p in family.producers if p not in chosen]
+        reason = family.blocked
+        if len(others) == len(family.producers):
+            reason = "it is not among the targets"
+        elif reason is None and others:
+            reason = f"it goes together with {', '.join(others)}, which is not among the targets"
+        elif reason is None and family.units < 2:
+            reason = "all its channels go together"
+        if reason is not None:
+            for producer in family.producers:
+                skipped.setdefault(producer, reason)
+    return skipped
+
+
+class _Planner:
+    """Turns families and a budget into the units to cut."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        usage: Usage,
+        target: Budget,
+        dense: DenseReference,
+        scope: Scope,
+        round_to: int | None,
+        min_channels: int,
+    ) -> None:
+        self._model, self._usage, self._budget, self._dense = model, usage, target, dense
+        self._scope, self._round_to, self._min_channels = scope, round_to, min_channels
+        self._modules = dict(named_modules_clean(model))
+        self._tensors, self._aliases = tensors_by_name(model), first_names(model)
+
+    def solve(self, families: Sequence[Family], skipped: Mapping[str, str]) -> tuple[Solution, list[np.ndarray]]:
+        """Number of units to cut from each family, and which: the least important first, ties by index."""
+        scores = group_magnitude(families, self._modules)
+        supplies = [self._supply(family, s) for family, s in zip(families, scores, strict=True)]
+        if self._budget.unit == "channels" and self._scope == "local":
+            solution = self._uniform(supplies)
+        else:
+            cost = cost_model(self._usage, self._budget.unit, families, self._tensors, self._aliases)
+            goal, tolerance = self._goal(supplies)
+            fixed = "; ".join(f"{name}: {why}" for name, why in skipped.items()) or "nothing"
+            solution = solve(supplies, cost, goal, tolerance, self._scope, fixed)
+        units = [np.sort(np.argsort(s, kind="stable")[:k]) for s, k in zip(scores, solution.cut, strict=True)]
+        return solution, units
+
+    def _supply(self, family: Family, scores: np.ndarray) -> Supply:
+        layer = family.producers[0]
+        place = next(i for i, s in enumerate(family.sides) if s.layer == layer and s.kind == "out")
+        step, width = int(family.indices[place].shape[1]), family.sides[place].width
+        units = max(self._dense.units.get(family.key, family.units), family.units)
+        floor = math.ceil(self._min_channels / step)
+        if self._scope == "global":
+            floor = max(floor, math.ceil(round((1 - MAX_CUT) * units, 9)))
+        rounding = self._round_to
+        if rounding is None:
+            rounding = _ROUND_TO if self._dense.widths.get(layer, width) >= _ROUND_FROM else 1
+        return Supply(family.key, family.units, units, step, width, min(floor, family.units), scores, rounding)
+
+    def _goal(self, supplies: Sequence[Supply]) -> tuple[float, float]:
+        if self._budget.unit == "channels":
+            total = sum(s.dense for s in supplies)
+            most = max((s.round_to // s.step for s in supplies), default=1)
+            # Half a unit of slack makes "not above" mean "nearest whole unit".
+            return total * self._budget.keep + 0.5, max(float(most), 1.0)
+        whole = float(self._dense.macs if self._budget.unit == "macs" else self._dense.parameters)
+        return whole * self._budget.keep, whole * TOLERANCE
+
+    def _uniform(self, supplies: Sequence[Supply]) -> Solution:
+        cut = np.zeros(len(supplies), np.int64)
+        for f, supply in enumerate(supplies):
+            allowed = supply.allowed(supply.round_to, supply.floor)
+            wanted = supply.units - supply.dense * self._budget.keep
+            cut[f] = allowed[np.abs(allowed - wanted).argmin()] if wanted > 0 else 0
+        return Solution(cut, float(sum(s.units for s in supplies) - cut.sum()))
+
+    def plan(
+        self,
+        families: Sequence[Family],
+        units: Sequence[np.ndarray],
+        solution: Solution,
+        skipped: dict[str, str],
+        notes: list[str],
+    ) -> CutPlan:
+        """The edit and its report."""
+        removed = removed_by(families, units)
+        slices = {name: {str(d): keep for d, keep in dims.items()} for name, dims in slices_of(removed).items()}
+        attributes = new_attributes(self._model, removed)
+        edit = {"kind": KIND, "slices": slices, "attributes": attributes}
+        after = {unit: self._cost(unit, families, solution) for unit in ("macs", "parameters")}
+        widths = {}
+        for layer, before in widths_of(self._model).items():
+            values = attributes.get(layer, {})
+            width = values.get("out_channels", values.get("out_features", before))
+            if width != before:
+                widths[layer] = (before, width)
+        goal = self._goal([self._supply(f, np.zeros(f.units)) for f in families])[0]
+        totals = {"macs": self._dense.macs, "parameters": float(self._dense.parameters)}
+        whole = totals.get(self._budget.unit, float(sum(self._dense.units.get(f.key, f.units) for f in families)))
+        return CutPlan(
+            edit, self._budget.unit, goal, solution.cost, whole, (self._usage.macs, after["macs"]),
+            (self._usage.total_parameters, round(after["parameters"])), widths, skipped, notes + solution.notes,
+        )  # fmt: skip
+
+    def _cost(self, unit: str, families: Sequence[Family], solution: Solution) -> float:
+        return cost_model(self._usage, unit, families, self._tensors, self._aliases)(solution.cut)
+
+
+def _apply(root: nn.Module, edit: Edit, journal: Journal) -> list[Swap]:
+    attributes = {
+        layer: {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        for layer, values in edit["attributes"].items()
+    }
+    return slice_tensors(root, edit["slices"], attributes, journal)
+
+
+register(KIND, _apply)

@@ -1,0 +1,214 @@
+"""Try a cut on the example call before anything is decided, and take it back.
+
+Two runs that must agree: the model without the channels, and the whole model in which nothing reads them any more
+(the consumers' weights for them are zero). This holds for any operation between producer and consumer, so it finds
+every wrong guess about which channels belong together, and every reshape or attribute that does not follow a cut.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from lightning_compress.pruning.graph import Call, Family
+from lightning_compress.pruning.graph_members import Side, attributes_of, sides_of
+from lightning_compress.pruning.untouched import tensor_leaves, untouched
+from lightning_compress.targets import clean_name
+
+Removed = Mapping[Side, np.ndarray]
+
+
+def removed_by(families: Sequence[Family], chosen: Sequence[np.ndarray]) -> dict[Side, np.ndarray]:
+    """Channels of each side that go if units `chosen[i]` of family i are cut; sorted."""
+    gone: dict[Side, list[np.ndarray]] = defaultdict(list)
+    for family, units in zip(families, chosen, strict=True):
+        for side, indices in zip(family.sides, family.indices, strict=True):
+            gone[side].append(indices[units].ravel())
+    return {side: np.unique(np.concatenate(parts)) for side, parts in gone.items() if sum(map(len, parts))}
+
+
+def slices_of(removed: Removed) -> dict[str, dict[int, Tensor]]:
+    """Kept indices by tensor and dimension."""
+    slices: dict[str, dict[int, Tensor]] = defaultdict(dict)
+    for side, gone in removed.items():
+        keep = torch.from_numpy(np.setdiff1d(np.arange(side.width), gone))
+        for tensor, dim in side.tensors:
+            slices[tensor][dim] = keep
+    return dict(slices)
+
+
+def new_attributes(model: nn.Module, removed: Removed) -> dict[str, dict[str, Any]]:
+    """Attributes that change, by layer."""
+    layers = {side.layer for side in removed}
+    changed = {}
+    for name, module in model.named_modules():
+        name = clean_name(name)
+        sides = sides_of(name, module) if name in layers else ()
+        if sides:
+            widths: dict[str, int] = {side.kind: side.width - len(removed.get(side, ())) for side in sides}
+            new = attributes_of(module, widths)
+            changed[name] = {k: v for k, v in new.items() if _plain(getattr(module, k)) != v}
+    return {name: values for name, values in changed.items() if values}
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+class Rehearsal:
+    """Runs the example call with some channels gone and says what does not fit.
+
+    Args:
+        model: The model; it is left as it was.
+        call: The example call.
+        trains: Whether the cut model must also run in its present (training) modes.
+    """
+
+    def __init__(self, model: nn.Module, call: Call, trains: bool) -> None:
+        self._model, self._call, self._trains = model, call, trains
+        self._dense = self._outputs({}, {})
+
+    def fault(self, families: Sequence[Family], chosen: Sequence[np.ndarray]) -> str | None:
+        """Why this cut is wrong, or ``None`` if the example call proves nothing against it."""
+        removed = removed_by(families, chosen)
+        if not removed:
+            return None
+        slices, attributes = slices_of(removed), new_attributes(self._model, removed)
+        try:
+            cut = self._outputs(slices, attributes)
+            if self._trains:
+                self._outputs(slices, attributes, evaluate=False)
+        except Exception as error:  # whatever the user's forward raises is the verdict on this cut
+            text = " ".join(str(error).split())
+            return f"the example call fails without its channels ({type(error).__name__}: {text[:160]})"
+        if [t.shape for t in cut] != [t.shape for t in self._dense]:
+            return "the outputs of the example call change shape without its channels"
+        deaf = self._outputs({}, {}, deaf=removed)
+        return _disagreement(cut, deaf, self._dense)
+
+    def blame(self, families: Sequence[Family], chosen: Sequence[np.ndarray]) -> dict[str, str]:
+        """The families that do not fit, by bisection, with the reason."""
+        fault = self.fault(families, chosen)
+        if fault is None:
+            return {}
+        if len(families) == 1:
+            return {families[0].key: fault}
+        half = len(families) // 2
+        left, right = self.blame(families[:half], chosen[:half]), self.blame(families[half:], chosen[half:])
+        if not left and not right:  # only together they do harm; keeping one half is enough
+            return {family.key: f"together with others: {fault}" for family in families[half:]}
+        return left | right
+
+    def _outputs(
+        self,
+        slices: Mapping[str, Mapping[int, Tensor]],
+        attributes: Mapping[str, Mapping[str, Any]],
+        *,
+        deaf: Removed | None = None,
+        evaluate: bool = True,
+    ) -> list[Tensor]:
+        with untouched(self._model), torch.no_grad():
+            kept_rows: dict[int, Tensor] = {}
+            if evaluate:
+                for module in self._model.modules():
+                    module.training = False
+            if deaf is not None:
+                _deafen(self._model, deaf, kept_rows)
+            _replace(self._model, slices, attributes)
+            torch.manual_seed(0)
+            with _PartialLayerNorm(kept_rows):
+                return [t.detach().clone() for t in tensor_leaves(self._call.run(self._model))]
+
+
+def _holders(model: nn.Module) -> dict[str, tuple[Tensor, list[tuple[dict[str, Any], str]]]]:
+    places: dict[int, list[tuple[dict[str, Any], str]]] = defaultdict(list)
+    named: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        for registry in (module._parameters, module._buffers):
+            for local, tensor in registry.items():
+                if tensor is not None:
+                    places[id(tensor)].append((registry, local))
+                    named[clean_name(f"{name}.{local}" if name else local)] = tensor
+    return {name: (tensor, places[id(tensor)]) for name, tensor in named.items()}
+
+
+def _replace(
+    model: nn.Module, slices: Mapping[str, Mapping[int, Tensor]], attributes: Mapping[str, Mapping[str, Any]]
+) -> None:
+    holders = _holders(model) if slices else {}
+    for name, dims in slices.items():
+        tensor, places = holders[name]
+        value = tensor.detach()
+        for dim, keep in dims.items():
+            value = value.index_select(dim, keep.to(value.device))
+        new = nn.Parameter(value, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+        for registry, local in places:
+            registry[local] = new
+    modules = {clean_name(name): module for name, module in model.named_modules()} if attributes else {}
+    for name, values in attributes.items():
+        for attribute, value in values.items():
+            setattr(modules[name], attribute, tuple(value) if isinstance(value, list) else value)
+
+
+def _deafen(model: nn.Module, removed: Removed, kept: dict[int, Tensor]) -> None:
+    """Zero what the consumers read of the removed channels; normalisations over channels leave them out."""
+    holders = _holders(model)
+    for side, gone in removed.items():
+        index = torch.from_numpy(gone)
+        if side.kind == "in" and not side.blocks:
+            for name, dim in side.tensors:
+                tensor, places = holders[name]
+                value = tensor.detach().clone().index_fill_(dim, index.to(tensor.device), 0)
+                for registry, local in places:
+                    registry[local] = nn.Parameter(value)
+        elif side.kind == "both":
+            keep = torch.from_numpy(np.setdiff1d(np.arange(side.width), gone))
+            for name, _ in side.tensors[:1]:
+                kept[id(holders[name][0])] = keep
+
+
+class _PartialLayerNorm(TorchFunctionMode):
+    """Layer and RMS normalisation of the kept channels only, recognised by their weight; the others become 0."""
+
+    def __init__(self, kept: Mapping[int, Tensor]) -> None:
+        super().__init__()
+        self._kept = kept
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs the function, or its version on the kept channels."""
+        kwargs = kwargs or {}
+        if func in (nn.functional.layer_norm, nn.functional.rms_norm):
+            names = ["input", "normalized_shape", "weight", "bias", "eps"]
+            if func is nn.functional.rms_norm:
+                names.remove("bias")
+            call = dict(zip(names, args, strict=False)) | kwargs
+            keep = self._kept.get(id(call.get("weight")))
+            if keep is not None and len(call["normalized_shape"]) == 1:
+                x, keep = call["input"], keep.to(call["input"].device)
+                small = {k: call[k].index_select(0, keep) for k in ("weight", "bias") if call.get(k) is not None}
+                y = func(x.index_select(-1, keep), [len(keep)], **small, **({"eps": call["eps"]} if "eps" in call else {}))
+                return torch.zeros_like(x).index_copy_(-1, keep, y.to(x.dtype))
+        return func(*args, **kwargs)
+
+
+def _disagreement(cut: Sequence[Tensor], deaf: Sequence[Tensor], dense: Sequence[Tensor]) -> str | None:
+    for small, silent, whole in zip(cut, deaf, dense, strict=True):
+        if small.shape != silent.shape or not whole.is_floating_point() or not whole.numel():
+            continue
+        a, b, c = small.double(), silent.double(), whole.double()
+        if not (a.isfinite().all() and b.isfinite().all()):
+            continue  # nothing can be said about numbers that overflow
+        noise = 300 * torch.finfo(whole.dtype).eps * float(torch.maximum(b.abs().max(), c.abs().max()))
+        error, effect = float((a - b).abs().max()), float((b - c).abs().max())
+        if error > noise + 0.01 * effect:
+            return (
+                f"without its channels the outputs of the example call are off by {error:.2g} "
+                "(they are read by an operation that mixes channels)"
+            )
+    return None
