@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from lightning_compress.decisions import Decisions
 from lightning_compress.errors import CompressionError
@@ -220,9 +219,12 @@ def local_pair(parameter: nn.Parameter) -> tuple[Tensor, Tensor] | None:
     if parameter.grad is None:
         return None
     value, grad = parameter.detach(), parameter.grad.detach()
-    if isinstance(value, DTensor) and isinstance(grad, DTensor):
-        return value.to_local(), grad.to_local()
-    return value, grad
+    return _local(value), _local(grad)
+
+
+def _local(tensor: Any) -> Tensor:
+    # A DTensor, told by what it can do: its class is not in every build of PyTorch.
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def child_name(source: TermSource, term: LossTerm) -> str:
