@@ -59,12 +59,11 @@ class Decisions:
     """
 
     def __init__(self, records: Iterable[Mapping[str, Any]] = ()) -> None:
-        """Start empty, or from what `to_list` gave."""
         self._records: list[Decision] = []
         for record in records:
             self.record(record["step"], record["name"], record["outcome"])
 
-    def record(self, step: int, name: str, outcome: Any) -> Decision:  # noqa: ANN401 - any plain data
+    def record(self, step: int, name: str, outcome: Any) -> Decision:
         """Append a decision.
 
         Args:

@@ -37,9 +37,8 @@ def unwrap(module: nn.Module) -> nn.Module:
     """The user's own module inside any number of wrappers.
 
     Example:
-        >>> import torch
-        >>> layer = torch.nn.Linear(2, 2)
-        >>> unwrap(torch.compile(layer)) is layer
+        >>> layer = nn.Linear(2, 2)
+        >>> unwrap(nn.DataParallel(layer)) is layer
         True
     """
     while (inner := wrapped_module(module)) is not None:

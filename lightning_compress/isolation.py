@@ -1,0 +1,191 @@
+"""Run something on a model and leave the model, and all random numbers, as they were found."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+
+
+@contextmanager
+def isolated_rng(seed: int | None = None) -> Iterator[None]:
+    """Restore the random state of Python, NumPy and PyTorch (all devices in use) afterwards.
+
+    Args:
+        seed: Seed all of them inside, in [0, 2**32); `None` goes on from where they are.
+
+    Example:
+        >>> with isolated_rng(seed=0):
+        ...     inside = torch.rand(1)
+        >>> with isolated_rng(seed=0):
+        ...     bool(inside == torch.rand(1))
+        True
+    """
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
+    try:
+        if seed is not None:
+            random.seed(seed)
+            np.random.seed(seed)
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would queue a seed for a CUDA not yet in use
+            if cuda is not None:
+                torch.cuda.manual_seed_all(seed)
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)
+
+
+@contextmanager
+def as_found(root: nn.Module) -> Iterator[MemoryWatch]:
+    """Run the model in eval mode, eagerly and without gradients, and undo whatever that changes.
+
+    Undone: modes, buffers, parameters (an update by the model itself, such as an EMA copy, needs memory only for
+    what it writes), `requires_grad`, `.grad`, metric states, and plain attributes with one level of lists, dicts and
+    sets, so that outputs appended for the end of an epoch go too. Not undone: what lies outside of the model.
+
+    Args:
+        root: The possibly wrapped model.
+
+    Yields:
+        What was read of the model's memory.
+
+    Example:
+        >>> norm = nn.BatchNorm1d(2)
+        >>> with as_found(norm):
+        ...     _ = norm.running_mean.add_(1)
+        >>> norm.training, norm.running_mean.tolist()
+        (True, [0.0, 0.0])
+    """
+    modules = list(root.modules())
+    with ExitStack() as undo:
+        watch = MemoryWatch(tensor for module in modules for tensor in _tensors_of(module))
+        undo.callback(watch.restore)  # first in, last out: contents go back after everything else
+        for module in modules:
+            undo.callback(_restorer(module))
+            module.training = False  # not eval(): a model may override train() to do more than that
+        undo.enter_context(_no_fast_paths())
+        undo.enter_context(torch.no_grad())
+        undo.enter_context(watch)
+        yield watch
+
+
+class MemoryWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Copies watched memory before an operator first writes to it, and notes what operators read.
+
+    Args:
+        tensors: What to watch; views of the same memory count too.
+    """
+
+    supports_higher_order_operators = True  # they call ordinary operators, which is where memory is written
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        storages = [storage for tensor in tensors if (storage := _storage(tensor)) is not None]
+        self._watched = {storage.data_ptr(): storage for storage in storages}
+        self._copies: dict[int, torch.UntypedStorage] = {}
+        self._touched: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not isinstance(func, torch._ops.OpOverload):
+            with self:
+                return func(*args, **kwargs)
+        positional = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)}
+        for argument in func._schema.arguments:
+            value = kwargs.get(argument.name, positional.get(argument.name))
+            written = argument.alias_info is not None and argument.alias_info.is_write
+            for item in value if isinstance(value, list | tuple) else (value,):
+                if isinstance(item, Tensor):
+                    self._meet(item, written)
+        return func(*args, **kwargs)
+
+    def touched(self, tensor: Tensor) -> bool:
+        """Whether an operator took the memory of `tensor`."""
+        storage = _storage(tensor)
+        return storage is not None and storage.data_ptr() in self._touched
+
+    def restore(self) -> None:
+        """Put back what was written."""
+        for pointer, copy in self._copies.items():
+            self._watched[pointer].copy_(copy)
+        self._copies.clear()
+
+    def _meet(self, tensor: Tensor, written: bool) -> None:
+        storage = _storage(tensor)
+        if storage is None or (pointer := storage.data_ptr()) not in self._watched:
+            return
+        self._touched.add(pointer)
+        if written and pointer not in self._copies:
+            self._copies[pointer] = self._watched[pointer].clone()  # type: ignore[no-untyped-call]
+
+
+def _storage(tensor: Tensor) -> torch.UntypedStorage | None:
+    """The memory behind a tensor (the local part of a sharded one); `None` where there is none to copy."""
+    tensor = getattr(tensor, "_local_tensor", tensor)
+    if tensor.layout != torch.strided or tensor.is_meta or is_traceable_wrapper_subclass(tensor):
+        return None
+    storage = tensor.untyped_storage()
+    return storage if storage.nbytes() > 0 else None
+
+
+def _tensors_of(module: nn.Module) -> Iterator[Tensor]:
+    yield from (parameter for parameter in module.parameters(recurse=False))
+    yield from (buffer for buffer in module.buffers(recurse=False))
+    for value in vars(module).values():  # states of metrics are plain attributes
+        for item in value if type(value) in (list, deque) else (value,):
+            if isinstance(item, Tensor):
+                yield item
+
+
+@contextmanager
+def _no_fast_paths() -> Iterator[None]:
+    """Call every module: no fused encoder layers, which skip their parts in eval mode, and nothing compiled."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    with ExitStack() as undo:
+        if "torch._dynamo" in sys.modules:  # otherwise nothing is compiled, and importing it takes seconds
+            undo.enter_context(torch.compiler.set_stance("force_eager"))
+        torch.backends.mha.set_fastpath_enabled(False)
+        undo.callback(torch.backends.mha.set_fastpath_enabled, fused)
+        yield
+
+
+def _restorer(module: nn.Module) -> Callable[[], None]:
+    """What puts a module's own attributes, buffers and flags back."""
+    training = module.training
+    if isinstance(module, torch.jit.ScriptModule):  # its attributes live in C++ and are not ours to reorder
+        return lambda: setattr(module, "training", training)
+    attributes = {k: v for k, v in vars(module).items() if k not in ("_parameters", "_buffers", "_modules")}
+    containers = [(v, v.copy()) for v in attributes.values() if type(v) in (list, dict, set, deque)]
+    # Copied up front: batch norm writes running statistics without saying so in its operator's schema.
+    buffers = {k: (b, None if b is None or b.is_meta else b.clone()) for k, b in module._buffers.items()}
+    parameters = [(p, p.requires_grad, p.grad) for p in module.parameters(recurse=False)]
+
+    def restore() -> None:
+        vars(module).update(attributes)
+        for name in set(vars(module)) - set(attributes) - {"_parameters", "_buffers", "_modules"}:
+            del vars(module)[name]
+        for container, content in containers:
+            container.clear()
+            (container.extend if isinstance(container, list | deque) else container.update)(content)
+        module._buffers.clear()
+        for name, (buffer, content) in buffers.items():
+            module._buffers[name] = buffer
+            if buffer is not None and content is not None and not torch.equal(buffer, content):
+                buffer.copy_(content)
+        for parameter, requires_grad, grad in parameters:
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = grad
+
+    return restore
