@@ -1,0 +1,13 @@
+"""The Lightning layer of lightning-compress: one callback a technique."""
+
+if __name__ != "lightning_compress.callbacks":
+    raise ImportError(
+        f"this folder is imported as {__name__!r}; import `lightning_compress.callbacks` instead, "
+        "otherwise every class would exist twice and `isinstance` checks would fail"
+    )
+
+from lightning_compress.callbacks.base import CompressionCallback as CompressionCallback
+from lightning_compress.callbacks.channel_pruning import ChannelPruning as ChannelPruning
+from lightning_compress.callbacks.distillation import Distillation as Distillation
+from lightning_compress.callbacks.pruning import Pruning as Pruning
+from lightning_compress.callbacks.resume import ExactResume as ExactResume

@@ -1,0 +1,156 @@
+"""What every compression callback shares: its name, its schedule, its state, and the way to the coordinator."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import lightning as L
+
+from lightning_compress.schedule import ResolvedSchedule, Schedule
+
+if TYPE_CHECKING:
+    from lightning import LightningModule, Trainer
+    from torch.optim import Optimizer
+
+    from lightning_compress.callbacks.coordinator import Coordinator
+    from lightning_compress.callbacks.events import EventRecord
+    from lightning_compress.surgery import Follower
+
+# The order in which techniques act at one moment, whatever the order of the Trainer's list.
+STRUCTURE, MASKS, FAKE_QUANT, DISTILLATION, AUDIT, REPORT = range(6)
+
+
+class CompressionCallback(L.Callback):
+    """Base of all callbacks of this package.
+
+    Subclasses override the methods below that take `run`, the `Coordinator`; Lightning's own hooks only pass on to it,
+    so that every technique acts in one fixed order and the traps of Lightning's hooks are dealt with once.
+
+    Args:
+        name: Tells two instances of one class apart, in checkpoints and logs; default: the class name.
+        schedule: When the technique acts; ``None`` if it has no events.
+    """
+
+    order: ClassVar[int] = REPORT
+    changes_structure: ClassVar[bool] = False
+    hold_early_stopping: bool = False
+
+    def __init__(self, name: str | None = None, schedule: Schedule | None = None) -> None:
+        self.name = name or type(self).__name__
+        self.schedule = schedule
+        self.reset()
+
+    # ------------------------------------------------------------------------------------- what a technique overrides
+    def reset(self) -> None:
+        """Forget the previous fit."""
+        self.resolved: ResolvedSchedule | None = None
+        self.done: list[int] = []
+        self.shared: dict[str, Any] = {}
+
+    def check(self, run: Coordinator) -> None:
+        """At setup of a fit: refuse what cannot work."""
+
+    def needs_unedited_copy(self) -> bool:
+        """Whether a copy of the module from before all edits is needed."""
+        return False
+
+    def at_setup(self, run: Coordinator) -> None:
+        """After the manifest was replayed: edits that are made before the model is wrapped."""
+
+    def attach(self, run: Coordinator) -> None:
+        """All layers exist, nothing has run yet: add loss and gradient terms, taps and helper modules."""
+
+    def followers(self, run: Coordinator) -> Sequence[Follower]:
+        """What has to follow structural edits."""
+        return ()
+
+    def start(self, run: Coordinator) -> None:
+        """Everything is restored and training begins."""
+
+    def event(self, run: Coordinator, step: int) -> None:
+        """Act for the scheduled event at `step`."""
+
+    def boundary(self, run: Coordinator, step: int) -> None:
+        """Before each optimizer step's first batch, after events."""
+
+    def before_optimizer_step(self, run: Coordinator, optimizer: Optimizer) -> None:
+        """Gradients are complete and unscaled, and not yet clipped."""
+
+    def batch_end(self, run: Coordinator) -> None:
+        """A batch was trained on."""
+
+    def finish(self, run: Coordinator) -> None:
+        """Training ended normally."""
+
+    def close(self, run: Coordinator) -> None:
+        """Undo what was put on the module, after the end or an exception; called once."""
+
+    def on_compression_event(self, trainer: Trainer, pl_module: LightningModule, record: EventRecord) -> None:
+        """Hear of an event of any technique, on every rank."""
+
+    # ---------------------------------------------------------------------------------------------------------- state
+    @property
+    def state_key(self) -> str:
+        """Key of this callback's state in a checkpoint."""
+        return self._generate_state_key(name=self.name)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain data, so that checkpoints load with ``weights_only=True``."""
+        return {
+            "schedule": None if self.resolved is None else self.resolved.to_dict(),
+            "done": list(self.done),
+            "shared": dict(self.shared),
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over the state of an interrupted fit; its schedule stays as it was resolved."""
+        schedule = state_dict["schedule"]
+        self.resolved = None if schedule is None else ResolvedSchedule.from_dict(schedule)
+        self.done = list(state_dict["done"])
+        self.shared.update(state_dict["shared"])
+
+    # ------------------------------------------------------------------------------------------------ Lightning's hooks
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """See `lightning.Callback.setup`."""
+        from lightning_compress.callbacks.coordinator import Coordinator
+
+        Coordinator.begin(trainer, pl_module, stage, self)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """See `lightning.Callback.on_train_start`."""
+        self._lead(trainer, "on_train_start")
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """See `lightning.Callback.on_train_batch_start`."""
+        self._lead(trainer, "on_train_batch_start", batch, batch_idx)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """See `lightning.Callback.on_before_optimizer_step`."""
+        self._lead(trainer, "on_before_optimizer_step", optimizer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """See `lightning.Callback.on_train_batch_end`."""
+        self._lead(trainer, "on_train_batch_end")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """See `lightning.Callback.on_train_end`."""
+        self._lead(trainer, "on_train_end")
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """See `lightning.Callback.teardown`."""
+        self._lead(trainer, "close")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """See `lightning.Callback.on_exception`; Lightning does not call `teardown` after an exception."""
+        self._lead(trainer, "close")
+
+    def _lead(self, trainer: Trainer, hook: str, *args: Any) -> None:
+        # The first of our callbacks in the list runs the hook for all of ours.
+        from lightning_compress.callbacks.coordinator import Coordinator
+
+        run = Coordinator.of(trainer)
+        if run is not None and run.leader is self:
+            getattr(run, hook)(*args)

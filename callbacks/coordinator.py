@@ -1,0 +1,438 @@
+"""One coordinator for each Trainer: the order of events, transactions, and what a checkpoint gets.
+
+Structure, masks, fake quantization, distillation and audits act in this order at each moment, whatever the order of
+the Trainer's list. The traps of Lightning's hooks are dealt with here and nowhere else:
+
+- setup-time structure is made at the end of ``configure_model`` (`checkpoint_hooks`);
+- schedules are resolved in ``on_train_start``: `estimated_stepping_batches` creates the data iterator, and asked any
+  earlier it would do so before the state of a resumable loader is restored;
+- events run in ``on_train_batch_start`` at an optimizer boundary, so that nothing lies between an optimizer step and
+  the validation or checkpoint that follows it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import nn
+
+from lightning_compress import manifest, surgery
+from lightning_compress.callbacks import interplay
+from lightning_compress.callbacks.base import CompressionCallback
+from lightning_compress.callbacks.checkpoint_hooks import MASKS, LoadHook, SaveHook, SetupHook, _Hook
+from lightning_compress.callbacks.masking import Masking
+from lightning_compress.callbacks.signals import deferred_signals
+from lightning_compress.callbacks.strategies import StrategyAdapter, requested_checkpoint
+from lightning_compress.decisions import Decisions
+from lightning_compress.errors import CompressionError
+from lightning_compress.pipeline import StepPipeline
+from lightning_compress.schedule import ResolvedSchedule, Schedule
+
+if TYPE_CHECKING:
+    from lightning import LightningModule, Trainer
+    from torch.optim import Optimizer
+
+    from lightning_compress.callbacks.events import EventRecord
+
+_RUNS: weakref.WeakKeyDictionary[Trainer, Coordinator] = weakref.WeakKeyDictionary()
+
+
+class Coordinator:
+    """What the compression callbacks of one Trainer share while it runs.
+
+    Args:
+        trainer: The Trainer.
+        pl_module: The LightningModule.
+        stage: Lightning's stage: ``fit``, ``validate``, ``test`` or ``predict``.
+    """
+
+    def __init__(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.trainer = trainer
+        self.pl_module = pl_module
+        self.stage = stage
+        self.adapter = StrategyAdapter(trainer)
+        self.techniques = sorted(self._ours(), key=lambda callback: callback.order)
+        self.pipeline = StepPipeline(step_of=lambda: self.step)
+        self.masking = Masking(trainer, pl_module, self.adapter, pl_module.__dict__.get(MASKS, {}))
+        self.decisions = Decisions()
+        self.batches = 0
+        self.unedited: LightningModule | None = None
+        self.batch: Any = None
+        self._hooks: list[_Hook] = []
+        self._handles: list[Any] = []
+        self._materialized = False
+        self._stepped = True
+        self._held = interplay.HeldEarlyStopping(trainer)
+        self.closed = False
+
+    # ------------------------------------------------------------------------------------------------------ lifetime
+    @classmethod
+    def of(cls, trainer: Trainer) -> Coordinator | None:
+        """The coordinator of a running Trainer."""
+        return _RUNS.get(trainer)
+
+    @classmethod
+    def begin(cls, trainer: Trainer, pl_module: LightningModule, stage: str, caller: CompressionCallback) -> None:
+        """Called in each of our callbacks' ``setup``; the first one makes the coordinator and sets everything up."""
+        run = _RUNS.get(trainer)
+        if run is None or run.closed or run.leader is caller:
+            if run is not None and not run.closed:
+                run.close()  # an interrupted Trainer that is used again
+            run = _RUNS[trainer] = cls(trainer, pl_module, stage)
+            run._set_up()
+
+    @property
+    def continues(self) -> bool:
+        """Whether this Trainer goes on where an earlier `fit` of it stopped."""
+        return self.trainer.global_step > 0
+
+    @property
+    def leader(self) -> CompressionCallback | None:
+        """The first of our callbacks in the Trainer's list."""
+        return next(iter(self._ours()), None)
+
+    def _ours(self) -> list[CompressionCallback]:
+        return [c for c in self.trainer.callbacks if isinstance(c, CompressionCallback)]  # type: ignore[attr-defined]
+
+    def _set_up(self) -> None:
+        for name, hook in (("on_save_checkpoint", SaveHook), ("on_load_checkpoint", LoadHook)):
+            previous = self.pl_module.__dict__.get(name)
+            if isinstance(previous, _Hook):
+                previous.remove()  # left by an earlier fit, so that the manifest got into later checkpoints
+            self.add_hook(hook(self.pl_module, name, self))
+        try:
+            if self.stage == "fit":
+                if not self.continues:
+                    for technique in self.techniques:
+                        technique.reset()
+                interplay.check(self)
+                for technique in self.techniques:
+                    technique.check(self)
+        except BaseException:
+            self.close()
+            raise
+        self.add_hook(SetupHook(self.pl_module, "setup", self))
+
+    def add_hook(self, hook: _Hook) -> None:
+        """Install a hook that is removed when the run is closed."""
+        hook.install()
+        self._hooks.append(hook)
+
+    def materialize(self) -> None:
+        """Everything that is done to the structure before the model is wrapped; once, in this order."""
+        if self._materialized:
+            return
+        self._materialized = True
+        before = len(manifest.edits_of(self.pl_module))
+        if self.stage == "fit" and any(t.needs_unedited_copy() for t in self.techniques):
+            self.unedited = self._copy_of_module()
+        path = requested_checkpoint(self.trainer)
+        path = self.adapter.broadcast(path)
+        if path is not None:
+            self._refuse_sharded_edits(path)
+            manifest.replay(self.pl_module, manifest.read(path))
+        if self.stage == "fit":
+            for technique in self.techniques:
+                technique.at_setup(self)
+        if len(manifest.edits_of(self.pl_module)) != before:
+            interplay.rebuild_averages(self)
+
+    def _refuse_sharded_edits(self, path: str) -> None:
+        recorded = (manifest.read(path) or {}).get("edits", [])
+        sharded = any(hasattr(p, "device_mesh") for p in self.pl_module.parameters())
+        if sharded and len(recorded) > len(manifest.edits_of(self.pl_module)):
+            raise CompressionError(
+                "the model was sharded in `configure_model` before the structure of the checkpoint could be restored; "
+                "call `lightning_compress.materialize(self.model)` right before `fully_shard`"
+            )
+
+    def _copy_of_module(self) -> LightningModule:
+        module = copy.deepcopy(self.pl_module)
+        for name in ("on_save_checkpoint", "on_load_checkpoint", "setup", "configure_model"):
+            hook = module.__dict__.get(name)
+            if isinstance(hook, _Hook):
+                hook.remove()
+        return module
+
+    def after_configure_model(self) -> None:
+        """Wrap the training step, now that all layers exist and before any forward pass."""
+        if self.stage != "fit":
+            return
+        for technique in self.techniques:
+            technique.attach(self)
+        if self.pipeline.sources or self.pipeline.gradient_terms:
+            self.pipeline.install(self.pl_module)
+            interplay.rebuild_averages(self)
+
+    def close(self) -> None:
+        """Undo what was put on the module; the manifest and its two hooks stay on a changed one. Idempotent."""
+        if self.closed:
+            return
+        self.closed = True
+        self._held.release()
+        for handle in self._handles:
+            handle.remove()
+        self.pipeline.uninstall()
+        self.masking.detach_soft()
+        for technique in self.techniques:
+            technique.close(self)
+        changed = bool(manifest.edits_of(self.pl_module)) or bool(self.masking.packed)
+        for hook in reversed(self._hooks):
+            hook.remove()
+        if changed:
+            self._leave_record()
+        if _RUNS.get(self.trainer) is self:
+            del _RUNS[self.trainer]
+
+    def _leave_record(self) -> None:
+        self.pl_module.__dict__.pop(MASKS, None)
+        if self.masking.packed:
+            self.pl_module.__dict__[MASKS] = self.masking.packed
+        SaveHook(self.pl_module, "on_save_checkpoint", None).install()
+        LoadHook(self.pl_module, "on_load_checkpoint", None).install()
+
+    # --------------------------------------------------------------------------------------------------- checkpoints
+    def on_load(self, checkpoint: dict[str, Any]) -> None:
+        """Before the weights of a checkpoint are loaded."""
+        recorded = checkpoint.get(manifest.KEY) or {}
+        if self.adapter.is_sharded:
+            have = manifest.of(self.pl_module)["edits"]
+            if not manifest.equal(list(recorded.get("edits", [])), have):
+                raise CompressionError(
+                    "this strategy loads weights after sharding, and the structure of the checkpoint was not known at "
+                    "setup; set `trainer.ckpt_path = path` before `fit`, or pass ckpt_path= to it"
+                )
+        else:
+            manifest.replay(self.pl_module, recorded)
+        self.masking.packed = dict(recorded.get("masks") or {})
+        own = {k: v for k, v in self.pl_module.state_dict().items() if k not in manifest.without_auxiliary({k: v})}
+        for key in ("state_dict", "current_model_state"):
+            if key in checkpoint:  # helper modules that only one side has are no reason to refuse
+                state = checkpoint[key]
+                known = {k: v for k, v in state.items() if k in own}
+                checkpoint[key] = {**manifest.without_auxiliary(state), **{k: known.get(k, v) for k, v in own.items()}}
+        self._say_warm_starts(checkpoint)
+
+    def _say_warm_starts(self, checkpoint: dict[str, Any]) -> None:
+        known = checkpoint.get("callbacks")
+        if self.stage != "fit" or known is None:
+            return
+        fresh = [t.name for t in self.techniques if t.state_key not in known]
+        if fresh:
+            rank_zero_info(f"lightning-compress: the checkpoint does not know {', '.join(fresh)}; they start afresh")
+
+    def packed_masks(self) -> dict[str, Any]:
+        """The masks as a checkpoint holds them: packed when they changed, since whole masks of sharded parameters need
+        a collective, which saving, maybe after one rank has failed, must not start."""
+        return self.masking.packed
+
+    # ---------------------------------------------------------------------------------------------------------- steps
+    @property
+    def edits(self) -> int:
+        """How many edits were made to the model so far."""
+        return len(manifest.edits_of(self.pl_module))
+
+    @property
+    def step(self) -> int:
+        """The schedule's clock: optimizer steps, or batches under manual optimization."""
+        return self.trainer.global_step if self.pl_module.automatic_optimization else self.batches
+
+    @property
+    def total_steps(self) -> float | None:
+        """How many steps the fit will make, or ``None``; known from ``on_train_start`` on."""
+        if self.pl_module.automatic_optimization:
+            with contextlib.suppress(MisconfigurationException):  # accumulation that changes over time: unknown
+                return self.trainer.estimated_stepping_batches
+            return None
+        epochs, batches = self.trainer.max_epochs, self.trainer.num_training_batches
+        return epochs * batches if epochs is not None and epochs > 0 else None
+
+    @property
+    def steps_per_epoch(self) -> float | None:
+        """Steps of one epoch, or ``None``."""
+        batches: float = self.trainer.num_training_batches
+        if not math.isfinite(batches):
+            return None
+        accumulate = self.trainer.accumulate_grad_batches if self.pl_module.automatic_optimization else 1
+        return math.ceil(batches / accumulate)
+
+    def resolve(self, schedule: Schedule) -> ResolvedSchedule:
+        """A schedule in steps of this fit."""
+        return schedule.resolve(self.total_steps, self.steps_per_epoch, bool(self.trainer.fast_dev_run))
+
+    def on_train_start(self) -> None:
+        """Everything is restored under every strategy: install the masks, resolve the schedules."""
+        shared = next((t.shared for t in self.techniques if t.shared), {})
+        self.batches = int(shared.get("batches", 0))
+        self.decisions = Decisions.from_list(shared.get("decisions", []))
+        self.masking.install()
+        for optimizer in self.trainer.optimizers:
+            self._handles.append(optimizer.register_step_post_hook(self._after_optimizer_step))
+        for source in self.pipeline.sources:
+            for resolvable in (source, *source.terms):
+                resolvable.resolve(
+                    self.total_steps, self.steps_per_epoch, bool(self.trainer.fast_dev_run),
+                    self.decisions.of(source.name),
+                )  # fmt: skip
+        for technique in self.techniques:
+            if technique.schedule is not None and technique.resolved is None:
+                technique.resolved = self.resolve(technique.schedule)
+            technique.start(self)
+        self._share()
+        self._hold_early_stopping()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Run the events that are due, if no gradients are being accumulated."""
+        if not self._at_boundary(batch_idx):
+            return
+        step, self.batch = self.step, batch
+        try:
+            self._switch_terms(step)
+            for technique in self.techniques:
+                self._run_due(technique, step)
+            for technique in self.techniques:
+                technique.boundary(self, step)
+        finally:
+            self.batch = None
+            self._share()
+        self._hold_early_stopping()
+
+    def _at_boundary(self, batch_idx: int) -> bool:
+        if self.pl_module.automatic_optimization:
+            return batch_idx % self.trainer.accumulate_grad_batches == 0
+        stepped, self._stepped = self._stepped, False
+        return stepped
+
+    def _run_due(self, technique: CompressionCallback, step: int) -> None:
+        if technique.resolved is None:
+            return
+        due = technique.resolved.due(step, technique.done, self.decisions.of(technique.name))
+        if due:
+            technique.event(self, step)  # the value of the last one covers all that are due
+            technique.done += due
+
+    def _after_optimizer_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._stepped = True
+        if len(self.masking):
+            self.masking.apply()
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Gradient terms, then what techniques do to gradients."""
+        if self.pipeline.gradient_terms:
+            self.pipeline.before_optimizer_step(self.adapter.parameters(self.pl_module), self.step)
+        for technique in self.techniques:
+            technique.before_optimizer_step(self, optimizer)
+
+    def on_train_batch_end(self) -> None:
+        """Count the batch; the steps of a schedule under manual optimization."""
+        self.batches += 1
+        self._share()
+        for technique in self.techniques:
+            technique.batch_end(self)
+
+    def on_train_end(self) -> None:
+        """Finish each technique and tell the user how to load the result."""
+        for technique in self.techniques:
+            technique.finish(self)
+        if manifest.edits_of(self.pl_module) or len(self.masking):
+            name = type(self.pl_module).__name__
+            rank_zero_info(f"Load the result with `lightning_compress.load_from_checkpoint({name}, path)`.")
+
+    def _share(self) -> None:
+        shared = {"batches": self.batches, "decisions": self.decisions.to_list()}
+        for technique in self.techniques:
+            technique.shared = shared
+
+    def _hold_early_stopping(self) -> None:
+        waiting = [
+            t for t in self.techniques
+            if t.hold_early_stopping and t.resolved is not None and set(t.resolved.events) - set(t.done)
+        ]  # fmt: skip
+        self._held.hold(bool(waiting))
+
+    # --------------------------------------------------------------------------------------------------- transactions
+    def _switch_terms(self, step: int) -> None:
+        wanted = self.pipeline.wanted_requires_grad(step)
+        changed = {n: on for n, on in wanted.items() if any(p.requires_grad != on for p in _children(self, n))}
+        if not changed:
+            return
+        journal = surgery.Journal()
+        with self.transaction([], journal, rewrap=True):
+            for name, on in changed.items():
+                for parameter in _children(self, name):
+                    journal.set_attribute(parameter, "requires_grad", on)
+            self.adapter.rewrap()
+
+    @contextlib.contextmanager
+    def transaction(
+        self, edits: Sequence[surgery.Edit], journal: surgery.Journal, rewrap: bool
+    ) -> Iterator[surgery.Transaction]:
+        """Make edits, or none at all; signals that would save a checkpoint wait until it is done."""
+        with deferred_signals():
+            for optimizer in self.trainer.optimizers:
+                optimizer.zero_grad(set_to_none=True)
+            self.pl_module.zero_grad(set_to_none=True)
+            if rewrap:
+                journal.on_undo(self.adapter.rewrap)  # noted first, so undone last: when the old tensors are back
+            followers = [self.masking.store, *(f for t in self.techniques for f in t.followers(self))]
+            with surgery.edit(self.pl_module, edits, self.trainer.optimizers, followers, journal) as transaction:
+                yield transaction
+
+    def edit(self, technique: str, edits: Sequence[surgery.Edit]) -> surgery.Transaction:
+        """Change the model and everything that depends on it, on every rank: or nothing, if anything raises.
+
+        Args:
+            technique: For messages.
+            edits: Plain-data edits that were decided on rank 0 (`StrategyAdapter.decide`).
+
+        Raises:
+            CompressionError: On all ranks together, with the model as it was.
+        """
+        self.adapter.agree(list(edits), f"the edits of {technique}")
+        journal = surgery.Journal()
+        old = dict(self.pl_module.named_parameters())
+        wrapped = self._materialized and self.trainer.strategy.model is not None and bool(self.trainer.optimizers)
+        with self.transaction(edits, journal, rewrap=wrapped) as transaction:
+            manifest.record(self.pl_module, edits, journal)
+            if wrapped:
+                self._follow_up(edits, journal)
+        if len(self.masking):
+            self.masking.repack()
+        for holder in interplay.holders(self.pl_module, self.trainer, old) if wrapped else ():
+            rank_zero_warn(
+                f"{holder} still refers to parameters that were replaced; if it trains or decays them, let it look "
+                "them up anew"
+            )
+        return transaction
+
+    def _follow_up(self, edits: Sequence[surgery.Edit], journal: surgery.Journal) -> None:
+        for average in interplay.averages(self.trainer):
+            for one in edits:
+                surgery.apply_edit(average, one, journal)
+            manifest.record(average, edits, journal)
+        self.adapter.rewrap()
+        torch._dynamo.reset()
+
+    def emit(self, record: EventRecord) -> None:
+        """Tell every technique, on every rank, of an event."""
+        for technique in self.techniques:
+            technique.on_compression_event(self.trainer, self.pl_module, record)
+
+    @contextlib.contextmanager
+    def timed(self) -> Iterator[Callable[[], float]]:
+        """Seconds since the block was entered."""
+        begin = time.perf_counter()
+        yield lambda: time.perf_counter() - begin
+
+
+def _children(run: Coordinator, name: str) -> list[nn.Parameter]:
+    return list(run.pl_module._modules[name].parameters())  # type: ignore[union-attr]

@@ -1,0 +1,222 @@
+"""Distillation during a fit: a frozen teacher beside the student, without touching the user's training step."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from lightning_compress import manifest
+from lightning_compress.callbacks.base import DISTILLATION, CompressionCallback
+from lightning_compress.distillation.losses import KD
+from lightning_compress.distillation.source import TapSource
+from lightning_compress.distillation.teachers import Teacher, find_student_module, resolve_teacher_module
+from lightning_compress.errors import CompressionError
+from lightning_compress.schedule import Scheduled
+from lightning_compress.terms import LossTerm
+
+if TYPE_CHECKING:
+    from lightning_compress.callbacks.coordinator import Coordinator
+
+
+class Distillation(CompressionCallback):
+    """Trains the student to answer as a frozen teacher does, besides its own task (Hinton et al. 2015).
+
+    The loss becomes ``task_weight * task + sum(weight * term)``. The teacher is asked exactly what the student was
+    asked inside ``training_step``, augmentation included. It is no part of the LightningModule: it gets into no
+    checkpoint, optimizer, DDP wrapper or summary.
+
+    Args:
+        teacher: A path to a checkpoint of the same LightningModule class (dense, or compressed by this package); a
+            module whose forward takes what the student's takes; or ``"initial"``, the model with the weights that it
+            has when training begins, which every checkpoint of this fit then contains.
+        losses: Loss terms; default ``[KD()]``.
+        student: Clean name of the submodule that is distilled; default: the LightningModule if it defines
+            ``forward``, else its only child with parameters.
+        task_weight: Factor of the user's own loss, >= 0, or a `Scheduled`.
+        placement: ``"device"`` keeps the teacher beside the student, ``"cpu"`` saves device memory and is slow.
+        example_inputs: Arguments of the student, needed only by losses that own a projector; default: the
+            LightningModule's ``example_input_array``.
+        allow_teacher_change: Accept another teacher when a checkpoint is resumed.
+        name: Tells two instances apart.
+
+    Raises:
+        TypeError: If the teacher is neither a path nor a module.
+
+    Example:
+        >>> import torch
+        >>> import lightning_compress as lc
+        >>> from lightning_compress.callbacks import Distillation
+        >>> Distillation(teacher=torch.nn.Linear(8, 3), losses=[lc.KD(temperature=4.0, weight=2.0)]).name
+        'Distillation'
+    """
+
+    order = DISTILLATION
+
+    def __init__(
+        self,
+        teacher: str | os.PathLike[str] | nn.Module,
+        losses: Sequence[LossTerm] | None = None,
+        student: str | None = None,
+        task_weight: float | Scheduled = 1.0,
+        placement: Literal["device", "cpu"] = "device",
+        example_inputs: Any = None,
+        allow_teacher_change: bool = False,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(name)
+        if not isinstance(teacher, (str, os.PathLike, nn.Module)):
+            raise TypeError(f"teacher is a checkpoint path, a module or 'initial'; got {type(teacher).__name__}")
+        self.teacher = teacher
+        self.losses = [KD()] if losses is None else list(losses)
+        if not self.losses:
+            raise ValueError("losses is empty, so nothing would be distilled; leave it out for plain KD")
+        self.student, self.task_weight, self.placement = student, task_weight, placement
+        self.example_inputs, self.allow_teacher_change = example_inputs, allow_teacher_change
+
+    def reset(self) -> None:
+        """See `CompressionCallback.reset`."""
+        super().reset()
+        self._handle: Teacher | None = None
+        self._root: nn.Module | None = None
+        self._fingerprint: str | None = None
+        self._restored: Mapping[str, Any] | None = None
+
+    @property
+    def is_initial(self) -> bool:
+        """Whether the teacher is the model as it was when training began."""
+        return self.teacher == "initial"
+
+    def needs_unedited_copy(self) -> bool:
+        """A path and ``"initial"`` are filled into a copy of the module as the user built it."""
+        return not isinstance(self.teacher, nn.Module)
+
+    # ------------------------------------------------------------------------------------------------------ life
+    def check(self, run: Coordinator) -> None:
+        """See `CompressionCallback.check`."""
+        run.adapter.require("distillation", self.name)
+        if self.is_initial:
+            run.adapter.require("distillation from teacher='initial'", self.name)
+        elif self.needs_unedited_copy():
+            manifest.read_checkpoint(self.teacher)  # type: ignore[arg-type]  # a wrong path shows before training
+            if manifest.edits_of(run.pl_module) and not run.continues:
+                cls = type(run.pl_module).__name__
+                raise CompressionError(
+                    f"{self.name}: the module already carries compression edits, so no copy of its dense form can be "
+                    f"made for {str(self.teacher)!r}; pass teacher=lc.load_from_checkpoint({cls}, {str(self.teacher)!r})"
+                )
+
+    def attach(self, run: Coordinator) -> None:
+        """Build the teacher and put the taps on the student, before its first forward pass."""
+        student_name, student = find_student_module(run.pl_module, self.student)
+        if self._root is None or not self.is_initial:
+            self._root = self._build(run)
+        part = resolve_teacher_module(self._root, student_name, run.pl_module)
+        if part is student:
+            raise CompressionError(f"{self.name}: the teacher is the student itself; pass a copy (copy.deepcopy)")
+        self._handle = Teacher(part, self.placement)
+        source = TapSource(self.name, student, self.losses, self._handle, self.task_weight)
+        run.pipeline.add(source)
+        if any(type(term).build is not LossTerm.build for term in self.losses):
+            shapes = source.measure(lambda: _call(student, self._example(run)))
+            run.pipeline.attach(source, run.pl_module, shapes)
+
+    def _build(self, run: Coordinator) -> nn.Module:
+        if isinstance(self.teacher, nn.Module):
+            return self.teacher
+        if run.unedited is None:
+            raise CompressionError(
+                f"{self.name}: the model was sharded in `configure_model` before a copy of it could be made; call "
+                "`lightning_compress.materialize(self.model)` right before `fully_shard`, or pass a module as teacher"
+            )
+        module = copy.deepcopy(run.unedited)
+        if not self.is_initial:
+            checkpoint = manifest.read_checkpoint(self.teacher)
+            recorded = checkpoint.get(manifest.KEY)
+            manifest.replay(module, recorded)
+            try:
+                module.load_state_dict(manifest.without_auxiliary(checkpoint["state_dict"]), strict=True)
+            except RuntimeError as error:
+                raise CompressionError(
+                    f"{self.name}: the teacher {str(self.teacher)!r} does not fit {type(module).__name__} as it was "
+                    f"built here: {error}. For another architecture, load it yourself and pass the module"
+                ) from error
+            manifest.apply_masks(module, recorded)
+        return module
+
+    def _example(self, run: Coordinator) -> Any:
+        example = self.example_inputs if self.example_inputs is not None else run.pl_module.example_input_array
+        if example is None:
+            raise CompressionError(
+                f"{self.name}: a loss owns a projector, whose size depends on the features; pass example_inputs= (the "
+                "student's arguments for a small batch) or define `example_input_array`"
+            )
+        return example
+
+    def start(self, run: Coordinator) -> None:
+        """Everything is restored: fill an initial teacher, check that a resumed one is the same, place it."""
+        assert self._handle is not None
+        assert self._root is not None
+        if self.is_initial:
+            self._fill_initial(run)
+        double = any(p.dtype == torch.float64 for p in run.pl_module.parameters())
+        self._handle.to(run.adapter.device, torch.float64 if double else None)
+        fingerprint = self._handle.fingerprint()
+        run.adapter.agree(fingerprint, f"the teacher of {self.name}")
+        if self._fingerprint not in (None, fingerprint) and not self.allow_teacher_change:
+            raise CompressionError(
+                f"{self.name}: the checkpoint was trained with another teacher; pass the same one, or "
+                "allow_teacher_change=True if the change is meant"
+            )
+        self._fingerprint = fingerprint
+
+    def _fill_initial(self, run: Coordinator) -> None:
+        assert self._root is not None
+        state = self._restored
+        if state is None and self._fingerprint is None:
+            state = manifest.without_auxiliary(run.pl_module.state_dict())
+        if state is None:
+            return  # this Trainer goes on with the teacher that it had
+        own = self._root.state_dict()
+        differs = [k for k in own if k not in state or state[k].shape != own[k].shape]
+        if differs:
+            raise CompressionError(
+                f"{self.name}: teacher='initial' cannot be filled, because the structure was changed at setup "
+                f"({differs[0]!r} has another shape); pass a checkpoint path or a module as teacher"
+            )
+        self._root.load_state_dict(state, strict=True)
+
+    def batch_end(self, run: Coordinator) -> None:
+        """Log each term, not weighted."""
+        values = {k: v for k, v in run.pipeline.last.items() if k.startswith(f"{self.name}/")}
+        if values:
+            run.pl_module.log_dict(values)
+
+    def close(self, run: Coordinator) -> None:
+        """Free the device memory of the teacher."""
+        if self._handle is not None:
+            self._handle.module.to("cpu")
+
+    # ---------------------------------------------------------------------------------------------------- state
+    def state_dict(self) -> dict[str, Any]:
+        """The teacher's fingerprint; of an initial teacher all its weights."""
+        state = {**super().state_dict(), "fingerprint": self._fingerprint}
+        if self.is_initial and self._fingerprint is not None and self._root is not None:
+            state["teacher"] = {k: v.detach().cpu() for k, v in self._root.state_dict().items()}
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """See `CompressionCallback.load_state_dict`."""
+        super().load_state_dict(state_dict)
+        self._fingerprint = state_dict.get("fingerprint")
+        self._restored = state_dict.get("teacher")
+
+
+def _call(student: nn.Module, example: Any) -> object:
+    if isinstance(example, Mapping):
+        return student(**example)
+    return student(*example) if isinstance(example, (tuple, list)) else student(example)

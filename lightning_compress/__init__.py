@@ -1,0 +1,26 @@
+"""Compress models while Lightning trains them: prune, distil, load and export."""
+
+from typing import Any
+
+from lightning_compress.cost import Cost as Cost
+from lightning_compress.decisions import Decisions as Decisions
+from lightning_compress.distillation.losses import KD as KD
+from lightning_compress.distillation.losses import kd_loss as kd_loss
+from lightning_compress.errors import CompressionError as CompressionError
+from lightning_compress.exporting import export as export
+from lightning_compress.manifest import load as load
+from lightning_compress.manifest import load_from_checkpoint as load_from_checkpoint
+from lightning_compress.manifest import materialize as materialize
+from lightning_compress.manifest import strip as strip
+from lightning_compress.schedule import Schedule as Schedule
+from lightning_compress.schedule import Scheduled as Scheduled
+from lightning_compress.terms import LossTerm as LossTerm
+
+
+def __getattr__(name: str) -> Any:
+    # The callbacks need Lightning, which plain PyTorch users of the engine may not want to wait for.
+    if name == "callbacks":
+        import importlib
+
+        return importlib.import_module("lightning_compress.callbacks")
+    raise AttributeError(f"module 'lightning_compress' has no attribute {name!r}")

@@ -1,0 +1,1 @@
+"""Distillation: losses, taps, teachers and the step pipeline."""

@@ -1,0 +1,1 @@
+"""Pruning: criteria, thresholds, masks and the physical removal of channels."""
