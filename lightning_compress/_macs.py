@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, mm_flop
 
+from lightning_compress.isolation import as_found, isolated_rng
 from lightning_compress.targets import clean_name
 
 
@@ -94,51 +95,6 @@ _FORMULAS = {
 }
 
 
-@contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; afterwards modes, buffers and torch's random generators are as before.
-
-    Example:
-        >>> import torch
-        >>> from lightning_compress.cost import untouched
-        >>> net = torch.nn.BatchNorm1d(2)
-        >>> with untouched(net):
-        ...     net.training
-        False
-        >>> net.training
-        True
-    """
-    modules = list(model.modules())
-    modes = [module.training for module in modules]
-    buffers = [(m, key, b, None if b is None else b.detach().clone()) for m in modules for key, b in m._buffers.items()]
-    devices = {t.device for t in (*model.parameters(), *model.buffers()) if t.device.type == "cuda"}
-    with torch.random.fork_rng(devices=[device.index or 0 for device in devices]):
-        try:
-            for module in modules:
-                module.training = False  # not `eval()`: users override `train` with side effects
-            yield
-        finally:
-            for module, mode in zip(modules, modes, strict=True):
-                module.training = mode
-            with torch.no_grad():
-                for module, key, buffer, value in buffers:
-                    module._buffers[key] = buffer
-                    if buffer is not None and value is not None and not torch.equal(buffer, value):
-                        buffer.copy_(value)
-
-
-@contextmanager
-def _plain_kernels() -> Iterator[None]:
-    """No attention fast path (one opaque kernel of unknown cost), no compiled graphs (hooks inside would be silent)."""
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fastpath)
-
-
 def count_macs(model: nn.Module, call: Runnable) -> MacsReport:
     """Multiply-accumulates of one call of the model in evaluation mode.
 
@@ -185,13 +141,12 @@ def count_macs(model: nn.Module, call: Runnable) -> MacsReport:
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())  # torch warns of its own counter's hooks
         warnings.filterwarnings("ignore", message="Using `torch.compile.*global hooks")
-        stack.enter_context(untouched(model))
+        stack.enter_context(isolated_rng())
+        stack.enter_context(as_found(model))
         for name, module in model.named_modules():
             clean = clean_name(name, model)
             stack.callback(module.register_forward_pre_hook(enter(clean), prepend=True).remove)
             stack.callback(module.register_forward_hook(leave(clean), always_call=True).remove)
-        stack.enter_context(_plain_kernels())
-        stack.enter_context(torch.no_grad())
         stack.enter_context(counter)
         call.run(model)
     return MacsReport(counter.get_total_flops() // 2, per_module)

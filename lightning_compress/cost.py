@@ -17,7 +17,6 @@ from lightning_compress._macs import Call as Call
 from lightning_compress._macs import MacsReport as MacsReport
 from lightning_compress._macs import Runnable as Runnable
 from lightning_compress._macs import count_macs as count_macs
-from lightning_compress._macs import untouched as untouched
 from lightning_compress._running import Latency as Latency
 from lightning_compress._running import LatencyRatio as LatencyRatio
 from lightning_compress._running import LiveBytes as LiveBytes
