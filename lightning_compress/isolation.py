@@ -7,7 +7,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -68,6 +68,7 @@ def as_found(root: nn.Module) -> Iterator[MemoryWatch]:
         >>> norm.training, norm.running_mean.tolist()
         (True, [0.0, 0.0])
     """
+    _reshard(root)
     modules = list(root.modules())
     with ExitStack() as undo:
         watch = MemoryWatch(tensor for module in modules for tensor in _tensors_of(module))
@@ -75,6 +76,7 @@ def as_found(root: nn.Module) -> Iterator[MemoryWatch]:
         for module in modules:
             undo.callback(_restorer(module))
             module.training = False  # not eval(): a model may override train() to do more than that
+        undo.callback(_reshard, root)
         undo.enter_context(_no_fast_paths())
         undo.enter_context(torch.no_grad())
         undo.enter_context(watch)
@@ -88,7 +90,7 @@ class MemoryWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         tensors: What to watch; views of the same memory count too.
     """
 
-    supports_higher_order_operators = True  # they call ordinary operators, which is where memory is written
+    supports_higher_order_operators = True  # such as flex attention: called, not watched inside
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -100,8 +102,7 @@ class MemoryWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if not isinstance(func, torch._ops.OpOverload):
-            with self:
-                return func(*args, **kwargs)
+            return func(*args, **kwargs)
         positional = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)}
         for argument in func._schema.arguments:
             value = kwargs.get(argument.name, positional.get(argument.name))
@@ -159,6 +160,13 @@ def _no_fast_paths() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(False)
         undo.callback(torch.backends.mha.set_fastpath_enabled, fused)
         yield
+
+
+def _reshard(root: nn.Module) -> None:
+    """Put the sharded parameters of FSDP2 in place: after a forward without backward they are full copies."""
+    for module in root.modules():
+        if any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__):
+            cast(Any, module).reshard()
 
 
 def _restorer(module: nn.Module) -> Callable[[], None]:

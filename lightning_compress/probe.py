@@ -69,7 +69,8 @@ class Recording(NamedTuple):
         call: The first call of the smallest module that owns all targets which ran.
         ran: Clean names of the modules that were called, in the order in which they started.
         used: Clean names of the modules that were called, or whose own parameters were read by something else: the
-            output projection of `nn.MultiheadAttention` and tied embeddings are never called.
+            output projection of `nn.MultiheadAttention` and tied embeddings are never called. Reads of sharded
+            parameters go unseen under FSDP2.
     """
 
     call: ExampleCall

@@ -265,6 +265,35 @@ def test_eval_mode_does_not_call_an_overridden_train():
     assert model.training
 
 
+def test_sharded_parameters_are_put_back_in_place_before_and_after():
+    events = []
+
+    class Sharded(nn.Linear):
+        def reshard(self):
+            events.append("reshard")
+
+    model = type("FSDPSharded", (Sharded, type("FSDPModule", (), {})), {})(2, 2)
+    with as_found(model):
+        events.append("run")
+    assert events == ["reshard", "run", "reshard"]
+
+
+def test_higher_order_operators_pass():
+    attention = pytest.importorskip("torch.nn.attention.flex_attention").flex_attention
+
+    class Attend(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.project = nn.Linear(16, 16)
+
+        def forward(self, x):
+            q = self.project(x)[:, None]
+            return attention(q, q, q)
+
+    model, x = Attend(), torch.randn(1, 128, 16)
+    assert record_call(model, lambda: model(x), ["project"]).ran == ("", "project")
+
+
 Pair = namedtuple("Pair", "a b")
 
 
