@@ -20,8 +20,8 @@ torch.set_num_threads(1)  # the sizes used here gain nothing from more, and two-
 
 COMPILER_REQUIRED = os.environ.get("LC_REQUIRE_COMPILER") == "1"
 
-# Set on purpose, and for the rest of the process, by `seed_everything`, by OpenMP, CUDA and the compilers.
-ENVIRONMENT_OF_OTHERS = ("PL_", "PYTEST_", "KMP_", "CUDA_", "TORCHINDUCTOR_", "TRITON_", "WANDB_")
+# Set on purpose, and for the rest of the process, by Lightning, by OpenMP, CUDA and the compilers.
+ENVIRONMENT_OF_OTHERS = ("PL_", "PYTEST_", "PYTORCH_NVML_", "KMP_", "CUDA_", "TORCHINDUCTOR_", "TRITON_", "WANDB_")
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2]
 
 

