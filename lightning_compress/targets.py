@@ -7,11 +7,11 @@ checkpointing wrapped the whole model or a part of it. All records (manifests, m
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
-from torchmetrics import Metric
 
 from lightning_compress.errors import CompressionError
 
@@ -44,6 +44,17 @@ def unwrap(module: nn.Module) -> nn.Module:
     while (inner := wrapped_module(module)) is not None:
         module = inner
     return module
+
+
+def is_metric(module: nn.Module) -> bool:
+    """Whether a module is a torchmetrics metric.
+
+    Example:
+        >>> is_metric(nn.Linear(1, 1))
+        False
+    """
+    torchmetrics = sys.modules.get("torchmetrics")  # not imported: no metric exists, and importing it takes seconds
+    return torchmetrics is not None and isinstance(module, torchmetrics.Metric)
 
 
 def clean_name(name: str, root: nn.Module | None = None) -> str:
@@ -216,7 +227,7 @@ def _lineages(root: nn.Module) -> dict[str, _Line]:
     for name, module in named_modules_clean(root):
         parent, _, own = name.rpartition(".")
         above = lines.get(parent) if name else []
-        if above is not None and not own.startswith("_lc_") and not isinstance(module, Metric):
+        if above is not None and not own.startswith("_lc_") and not is_metric(module):
             lines[name] = [*above, (name, module)]
     return lines
 
