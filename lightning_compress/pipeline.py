@@ -202,6 +202,8 @@ class StepPipeline:
                     vars(self.pl_module)[name] = previous
         for source in self.sources:
             source.close()
+            for term in source.terms:
+                term.module = None
         self._patches.clear()
         self.sources.clear()
         self.gradient_terms.clear()

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -222,9 +222,10 @@ def local_pair(parameter: nn.Parameter) -> tuple[Tensor, Tensor] | None:
     return _local(value), _local(grad)
 
 
-def _local(tensor: Any) -> Tensor:
-    # A DTensor, told by what it can do: its class is not in every build of PyTorch.
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+def _local(tensor: Tensor) -> Tensor:
+    # A DTensor is told by what it can do: its class is not in every build of PyTorch.
+    to_local: Callable[[], Tensor] | None = getattr(tensor, "to_local", None)
+    return tensor if to_local is None else to_local()
 
 
 def child_name(source: TermSource, term: LossTerm) -> str:

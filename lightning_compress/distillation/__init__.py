@@ -1,1 +1,1 @@
-"""Distillation: losses, taps, teachers and the step pipeline."""
+"""Distillation: losses, taps on student and teacher, teachers, and what feeds them to the step pipeline."""

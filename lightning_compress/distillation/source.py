@@ -176,7 +176,7 @@ class TapSource(Resolvable):
         """Run an example call of the student and return the shapes that the taps saw, for `StepPipeline.attach`.
 
         Args:
-            run: Calls the student (directly, or the user's ``training_step``).
+            run: Calls the student and leaves it as found, such as ``lambda: call.run(pl_module)`` of an `ExampleCall`.
 
         Raises:
             CompressionError: If a watched module is not called by it.

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import pickle
+import weakref
 from typing import Any
 
 import lightning as L
@@ -576,6 +578,21 @@ def test_a_copy_runs_the_users_own_code_on_its_own_weights(cls, copied):
     again = copied(twin)  # a copy of the copy
     assert again.training_step.__self__ is again
     pipeline.uninstall()
+
+
+def test_nothing_of_ours_keeps_the_module_alive():
+    module, pipeline, terms = Lit(), StepPipeline(lambda: 0), [KD(), Hint()]
+    source = TapSource("d", module.net, terms, Teacher(mlp(12, seed=1)))
+    pipeline.attach(source, module, source.measure(lambda: module.net(torch.zeros(2, 8))))
+    pipeline.add(source)
+    pipeline.install(module)
+    module.training_step((torch.ones(4, 8), torch.zeros(4, dtype=torch.long)), 0).backward()
+    pipeline.uninstall()
+    dead = [weakref.ref(module), weakref.ref(module._lc_d_hint)]
+    del module, source
+    gc.collect()
+    assert [ref() for ref in dead] == [None, None]
+    assert terms[1].module is None
 
 
 @pytest.mark.parametrize("first", [True, False])

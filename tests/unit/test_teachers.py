@@ -15,6 +15,7 @@ from lightning_compress.distillation.source import TapSource, TeacherRunner
 from lightning_compress.distillation.taps import Call
 from lightning_compress.distillation.teachers import Teacher, find_student_module, resolve_teacher_module
 from lightning_compress.errors import CompressionError
+from lightning_compress.probe import ExampleCall
 from lightning_compress.terms import LossTerm, TapSpec, TapSpecs
 
 
@@ -192,7 +193,9 @@ def test_source_measures_shapes_without_leaving_a_trace():
     student, teacher = net(), Teacher(nn.Sequential(nn.Linear(4, 12), nn.Linear(12, 3)))
     specs = TapSpecs(student=(TapSpec("0"), TapSpec("4", "input")), teacher=(TapSpec("0"), TapSpec()))
     source = TapSource("kd", student, [Wants(specs)], teacher)
-    shapes = source.measure(lambda: student(torch.ones(5, 4)))
+    before, call = copy.deepcopy(student.state_dict()), ExampleCall("", (torch.ones(5, 4),))
+    shapes = source.measure(lambda: call.run(student))
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
     assert shapes.student == {TapSpec("0"): (5, 6), TapSpec("4", "input"): (5, 6)}
     assert shapes.teacher == {TapSpec("0"): (5, 12), TapSpec(): (5, 3)}
     assert source.taps.fired() == []
