@@ -17,7 +17,6 @@ from lightning_compress.errors import CompressionError
 from lightning_compress.pruning.budgets import CostModel
 from lightning_compress.pruning.graph import Call, Family
 from lightning_compress.pruning.untouched import untouched
-from lightning_compress.surgery import tensors_by_name
 from lightning_compress.targets import get_submodule_clean, named_modules_clean, named_parameters_clean
 
 
@@ -84,14 +83,6 @@ def measure(model: nn.Module, call: Call) -> Usage:
         if id(parameter) in own and not any(part.startswith("_lc_") for part in name.split("."))
     }
     return Usage(counter.get_total_flops() / 2, dict(positions), parameters)
-
-
-def first_names(model: nn.Module) -> dict[str, str]:
-    """The name under which a parameter is counted, by each of its names (a tied one has several)."""
-    first = {id(parameter): name for name, parameter in named_parameters_clean(model)}
-    return {
-        name: first[id(tensor)] for name, tensor in tensors_by_name(model).items() if id(tensor) in first
-    }
 
 
 def cost_model(

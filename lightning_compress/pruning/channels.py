@@ -13,9 +13,9 @@ from torch.nn.modules.conv import _ConvNd
 
 from lightning_compress.errors import CompressionError
 from lightning_compress.pruning.budgets import TOLERANCE, Budget, DenseReference, Solution, Supply, solve
-from lightning_compress.pruning.channel_costs import Usage, cost_model, first_names, measure
+from lightning_compress.pruning.channel_costs import Usage, cost_model, measure
 from lightning_compress.pruning.channel_scores import group_magnitude
-from lightning_compress.pruning.graph import Call, ChannelGraph, Family, trace, widths_of
+from lightning_compress.pruning.graph import COMPUTED, Call, ChannelGraph, Family, first_names, trace, widths_of
 from lightning_compress.pruning.rehearsal import Rehearsal, new_attributes, removed_by, slices_of
 from lightning_compress.surgery import Edit, Journal, Swap, register, slice_tensors, tensors_by_name
 from lightning_compress.targets import Pattern, named_modules_clean, select
@@ -171,7 +171,7 @@ def _refuse(graph: ChannelGraph, chosen: Mapping[str, nn.Module]) -> None:
             "checkpoint(use_reentrant=False), or name these layers in exclude="
         )
     for family in graph.families:
-        computed = family.blocked is not None and "is computed (parametrization or hook)" in family.blocked
+        computed = family.blocked is not None and family.blocked.endswith(COMPUTED)
         if computed and all(producer in chosen for producer in family.producers):
             raise CompressionError(
                 f"the channels of {', '.join(family.producers)} cannot be cut: {family.blocked}; make it permanent "

@@ -1,38 +1,30 @@
-"""Which channels of a model have to go together: an adapter of torch-pruning's `DependencyGraph`.
+"""Which channels of a model have to go together.
 
-Only the traced graph and its index mappings are used (DepGraph, Fang et al., CVPR 2023, arXiv 2301.12900). Everything
-that changes a model, or that was seen to go wrong in torch-pruning 1.6 (modes, frozen layers, ties, grouped
-convolutions, wrong guesses at reshapes), is done here or refused; `rehearsal` then proves what is left on the example.
+The idea is DepGraph's (Fang et al., CVPR 2023, arXiv 2301.12900): follow channels through the autograd graph of one
+example call. Unlike torch-pruning, which guesses from the names of autograd nodes and the number of channels, the
+dimension that holds the channels is followed exactly; whatever cannot be followed is kept, with the reason.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
-import torch
-import torch_pruning
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import nn
-from torch_pruning._helpers import _HybridIndex
-from torch_pruning.ops import OPTYPE
 
 from lightning_compress.errors import CompressionError
 from lightning_compress.pruning.graph_members import Side, is_producer, owns_plain_weight, sides_of, unfit_reason
-from lightning_compress.pruning.untouched import tensor_leaves, untouched
-from lightning_compress.targets import clean_name
+from lightning_compress.pruning.graph_trace import Axis, Link, Stopped, TensorGraph, Visit, axis_width, links, record
+from lightning_compress.pruning.untouched import untouched
+from lightning_compress.surgery import tensors_by_name
+from lightning_compress.targets import named_modules_clean, named_parameters_clean
 
-_MODULES = {
-    OPTYPE.CONV, OPTYPE.DEPTHWISE_CONV, OPTYPE.LINEAR, OPTYPE.BN, OPTYPE.LN, OPTYPE.GN, OPTYPE.IN, OPTYPE.PRELU,
-    OPTYPE.EMBED, OPTYPE.MHA, OPTYPE.LSTM, OPTYPE.CUSTOMIZED,
-}  # fmt: skip
-# An operation reached with ever new index lists adds a channel to a shifted copy of itself; stop long before forever.
-_MAX_VISITS = 64
-_OUTPUT = "it reaches the output of the example call"
+COMPUTED = "computed (parametrization or hook)"
 
 
 class Call(Protocol):
@@ -127,46 +119,22 @@ def _trace_once(model: nn.Module, call: Call, slots: _Slots, *, evaluate: bool) 
     for module in model.modules():
         if evaluate:
             module.training = False
-        if isinstance(module, nn.Module):
-            slots.watch(module)
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.requires_grad_(True)  # a frozen layer leaves no trace in the autograd graph
-    outputs: list[Any] = []
-
-    def forward(holder: nn.Module, _: object) -> list[torch.Tensor]:
-        leaves = [t for t in tensor_leaves(call.run(model)) if t.grad_fn is not None]
-        outputs.extend(leaf.grad_fn for leaf in leaves)
-        return leaves
-
-    graph = torch_pruning.DependencyGraph()
     try:
-        with torch.enable_grad():
-            # A fresh list: torch-pruning fills its mutable argument. `forward_fn` also keeps it from unpacking tensors.
-            graph.build_dependency(_Holder(model), (), forward_fn=forward, unwrapped_parameters=[], verbose=False)
+        graph, ran = record(slots.layers, lambda: call.run(model))
     except Exception as error:
         raise CompressionError(
-            f"the example call of {call.module or 'the model'!r} could not be traced ({type(error).__name__}: {error}); "
-            "give example_inputs= with which the module runs, or exclude the part that fails"
+            f"the example call of {call.module or 'the model'!r} fails ({type(error).__name__}: {error}); "
+            "give example_inputs= with which the module runs"
         ) from error
-    if not outputs:
+    if not graph.outputs:
         raise CompressionError(
             f"no output of the example call of {call.module or 'the model'!r} depends on a parameter through autograd "
             "(torch.no_grad, detach or a non-tensor output in forward?); channels cannot be followed through it"
         )
-    slots.take(graph, set(outputs))
-
-
-class _Holder(nn.Module):
-    """Keeps torch-pruning from switching the model to evaluation mode, which may run code of the user."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def eval(self) -> _Holder:
-        """Does nothing: the modes are set by `_trace_once`."""
-        return self
+    slots.take(graph, ran)
 
 
 class _Slots:
@@ -174,18 +142,20 @@ class _Slots:
 
     def __init__(self, model: nn.Module) -> None:
         self.modules: dict[str, nn.Module] = {}
-        self.sides: list[Side] = []
+        self.layers: list[nn.Module] = []
+        self.sides: dict[int, Side] = {}  # by row; the other rows are dimensions of tensors between layers
+        self._widths: list[int] = []
         self.notes: list[str] = []
         self.ran: set[nn.Module] = set()
         self.seen: set[nn.Module] = set()
         self._side: dict[tuple[int, str], int] = {}
         self._tensor_side: dict[tuple[str, int], int] = {}
-        self._edges: list[tuple[int, list[int], int, list[int]]] = []
-        self._blocked: list[tuple[int, list[int], str]] = []
+        self._edges: list[tuple[int, np.ndarray, int, np.ndarray]] = []
+        self._blocked: list[tuple[int, np.ndarray, str]] = []
         self._parameters: dict[int, str] = {}
         self._owners: dict[int, nn.Module] = {}
-        for name, module in model.named_modules():
-            self._add_module(clean_name(name), module)
+        for name, module in named_modules_clean(model):
+            self._add_module(name, module)
 
     def _add_module(self, name: str, module: nn.Module) -> None:
         for local, parameter in module._parameters.items():
@@ -197,111 +167,89 @@ class _Slots:
         sides = sides_of(name, module)
         if sides:
             self.modules[name] = module
+        if sides or unfit_reason(module):
+            self.layers.append(module)
         for side in sides:
             index = self._add_side(side)
-            kinds = ("out", "in") if side.kind == "both" or isinstance(module, nn.Embedding) else (side.kind,)
-            for kind in kinds:
+            for kind in ("out", "in") if side.kind == "both" else (side.kind,):
                 self._side[id(module), kind] = index
             if not owns_plain_weight(module):
-                self.block(index, range(side.width), f"the weight of {name!r} is computed (parametrization or hook)")
+                self.block(index, np.arange(side.width), f"the weight of {name!r} is {COMPUTED}")
+
+    def _add_row(self, width: int) -> int:
+        self._widths.append(width)
+        return len(self._widths) - 1
 
     def _add_side(self, side: Side) -> int:
-        self.sides.append(side)
+        row = self._add_row(side.width)
+        self.sides[row] = side
         for tensor in side.tensors:
-            self._tensor_side.setdefault(tensor, len(self.sides) - 1)
-        return len(self.sides) - 1
+            self._tensor_side.setdefault(tensor, row)
+        return row
 
-    def watch(self, module: nn.Module) -> None:
-        """Note when a module runs; `untouched` removes the hook."""
-        module.register_forward_pre_hook(lambda m, _: self.ran.add(m))
-
-    def block(self, side: int, indices: Iterable[int], reason: str) -> None:
+    def block(self, side: int, indices: np.ndarray, reason: str) -> None:
         """Keep channels; the reason is shown to the user."""
-        self._blocked.append((side, list(indices), reason))
+        self._blocked.append((side, indices, reason))
 
     # -------------------------------------------------------------------------------------------- the traced graph
-    def take(self, graph: Any, outputs: set[Any]) -> None:
-        """Follow the channels of every traced layer to the next layers."""
-        for node in list(graph.module2node.values()):
-            if node.type in _MODULES:
-                self.seen.add(node.module)
-        for node in list(graph.module2node.values()):
-            if node.type not in _MODULES and node.type != OPTYPE.PARAMETER:
-                continue
-            for direction in ("out", "in"):
-                side = self._side_of(node, direction)
-                if side is not None:
-                    self._follow(node, direction, side, outputs)
+    def take(self, graph: TensorGraph, ran: set[nn.Module]) -> None:
+        """Follow the channels of every layer that ran to the next layers."""
+        self.ran |= ran
+        self.seen |= {visit.module for visit in graph.visits}
+        rows: dict[Axis, int] = {}
 
-    def _side_of(self, node: Any, direction: str) -> int | None:
-        if node.type != OPTYPE.PARAMETER:
-            return self._side.get((id(node.module), direction))
-        parameter, dim = node.module, node.pruning_dim
+        def row(axis: Axis) -> int:
+            if axis not in rows:
+                rows[axis] = self._add_row(axis_width(axis))
+            return rows[axis]
+
+        for found in links(graph):
+            if isinstance(found, Stopped):
+                self.block(row(found.tensor), np.arange(axis_width(found.tensor)), found.reason)
+            elif isinstance(found.other[0], tuple):
+                here, there = found.here, found.there
+                if here is None or there is None:
+                    here = there = np.arange(axis_width(found.tensor))
+                self._edges.append((row(found.tensor), here, row(found.other), there))
+            else:
+                self._arrive(row(found.tensor), found)
+
+    def _arrive(self, row: int, link: Link) -> None:
+        """A tensor dimension is made or read by a layer, or is a bare parameter."""
+        width = axis_width(link.tensor)
+        every = np.arange(width)
+        what, place = link.other
+        if isinstance(what, Visit):
+            module, other = what.module, self._side.get((id(what.module), str(place)))
+            along = what.channel_out if place == "out" else what.channel_in
+        else:
+            module, other = self._owners.get(id(what)), self._leaf_side(what, int(place))
+            along = int(place)
+        reason = None if module is None else unfit_reason(module)
+        if module is None:
+            reason = "it meets an input of the example call"
+        elif reason is None and (other is None or along != link.tensor[1] or self._widths[other] != width):
+            name = type(module).__name__ if other is None else self.sides[other].layer
+            reason = f"its channels meet {name!r} along another dimension"
+        if reason is not None or other is None:
+            self.block(row, every, str(reason))
+        else:
+            self._edges.append((row, every, other, every))
+
+    def _leaf_side(self, parameter: nn.Parameter, dim: int) -> int | None:
         name = self._parameters.get(id(parameter))
         if name is None:
             return None
-        dim = dim % parameter.dim()
         if (name, dim) not in self._tensor_side:
             self._add_side(Side(name, "both", parameter.shape[dim], ((name, dim),)))
         return self._tensor_side[name, dim]
 
-    def _follow(self, node: Any, direction: str, side: int, outputs: set[Any]) -> None:
-        width = self.sides[side].width
-        if width == 1:
-            return  # broadcasts against anything
-        if direction == "out" and node.grad_fn in outputs:
-            self.block(side, range(width), _OUTPUT)
-        start = [_HybridIndex(idx=i, root_idx=i) for i in range(width)]
-        visits: dict[Any, set[tuple[int, ...]]] = defaultdict(set)
-        stack = list(_steps(node, start, False, only=direction))
-        while stack:
-            target, idxs, mapped, arrives = stack.pop()
-            if target.type in _MODULES or target.type == OPTYPE.PARAMETER:
-                self._arrive(side, target, idxs, mapped, arrives)
-                continue
-            key = tuple(i.idx for i in idxs)
-            if key in visits[target]:
-                continue
-            visits[target].add(key)
-            roots = sorted({i.root_idx for i in idxs if i.root_idx is not None})
-            if target.type == OPTYPE.OUTPUT or target.grad_fn in outputs:
-                self.block(side, roots, _OUTPUT)
-            if len(visits[target]) > _MAX_VISITS:
-                self.block(side, roots, "its channels are mixed with shifted copies of themselves")
-                continue
-            stack += _steps(target, idxs, mapped)
-
-    def _arrive(self, side: int, target: Any, idxs: list[Any], mapped: bool, direction: str) -> None:
-        roots = [i.root_idx for i in idxs]
-        module = self._owners.get(id(target.module)) if target.type == OPTYPE.PARAMETER else target.module
-        other = self._side_of(target, direction)
-        reason = None if module is None else unfit_reason(module)
-        if other is None or reason is not None:
-            everything = range(self.sides[side].width)
-            self.block(side, everything, reason or f"it passes through {type(module).__name__}, which cannot be cut")
-            return
-        width = self.sides[other].width
-        if width == 1:
-            return
-        plain = [i.idx for i in idxs]
-        fits = min(plain) >= 0 and max(plain) < width and (mapped or len(plain) == width) and None not in roots
-        if not fits:
-            reason = f"{self.sides[side].layer!r} and {self.sides[other].layer!r} meet with channels that do not match"
-            reason += " (reshape, transpose or attention between them)"
-            self.block(side, range(self.sides[side].width), reason)
-            self.block(other, range(width), reason)
-            return
-        self._edges.append((side, roots, other, plain))
-
     # ------------------------------------------------------------------------------------------------------- ties
     def couple_ties(self, model: nn.Module) -> None:
         """Channels that share a parameter go together; a tied layer that the call does not run keeps them."""
-        names: dict[int, list[str]] = defaultdict(list)
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            names[id(parameter)].append(clean_name(name))
-        by_name = {alias: aliases[0] for aliases in names.values() for alias in aliases}
+        by_name = first_names(model)
         claims: dict[tuple[str, int], list[int]] = defaultdict(list)
-        for index, side in enumerate(self.sides):
+        for index, side in self.sides.items():
             for tensor, dim in side.tensors:
                 claims[by_name.get(tensor, tensor), dim].append(index)
         tied: set[str] = set()
@@ -309,29 +257,31 @@ class _Slots:
             for other in sharers[1:]:
                 first, second = self.sides[sharers[0]], self.sides[other]
                 if first.width == second.width:
-                    every = list(range(first.width))
+                    every = np.arange(first.width)
                     self._edges.append((sharers[0], every, other, every))
                 tied.add(tensor)
             for index in sharers if len(sharers) > 1 else ():
                 module = self.modules.get(self.sides[index].layer)
                 if module is not None and module not in self.ran:
                     reason = f"it is tied to {self.sides[index].layer!r}, which the example call does not run"
-                    self.block(index, range(self.sides[index].width), reason)
+                    self.block(index, np.arange(self.sides[index].width), reason)
         self.notes += [f"{tensor} is tied between several layers and is cut once" for tensor in sorted(tied)]
 
     # --------------------------------------------------------------------------------------------------- families
     def families(self) -> list[Family]:
         """Group the channels that must go together into families of equal units."""
-        base = np.cumsum([0] + [side.width for side in self.sides])
+        base = np.cumsum([0, *self._widths])
         labels = self._labels(base)
         reasons = self._reasons(base, labels)
-        side_of_slot = np.repeat(np.arange(len(self.sides)), np.diff(base))
-        order = np.lexsort((np.arange(len(labels)), labels))
+        row_of_slot = np.repeat(np.arange(len(self._widths)), self._widths)
+        is_side = np.asarray([row in self.sides for row in range(len(self._widths))], bool)
+        order = np.flatnonzero(is_side[row_of_slot])
+        order = order[np.argsort(labels[order], kind="stable")]
         starts = np.flatnonzero(np.r_[True, np.diff(labels[order]) != 0]) if len(order) else np.zeros(0, int)
         grouped: dict[tuple[tuple[int, int], ...], list[np.ndarray]] = defaultdict(list)
         why: dict[tuple[tuple[int, int], ...], list[str | None]] = defaultdict(list)
         for slots in np.split(order, starts[1:]):
-            sides, counts = np.unique(side_of_slot[slots], return_counts=True)
+            sides, counts = np.unique(row_of_slot[slots], return_counts=True)
             if not any(self._produces(side) for side in sides):
                 continue
             signature = tuple(zip(sides.tolist(), counts.tolist(), strict=True))
@@ -349,9 +299,9 @@ class _Slots:
         rows: list[np.ndarray] = [np.zeros(0, np.int64)]
         columns: list[np.ndarray] = [np.zeros(0, np.int64)]
         for first, left, second, right in self._edges:
-            rows.append(base[first] + np.asarray(left))
-            columns.append(base[second] + np.asarray(right))
-        for index, side in enumerate(self.sides):
+            rows.append(base[first] + left)
+            columns.append(base[second] + right)
+        for index, side in self.sides.items():
             if side.blocks:
                 # Every channel of a block hangs on the first one; the inputs of a block hang on its outputs.
                 anchors = np.repeat(np.arange(side.blocks), side.width // side.blocks) * (side.width // side.blocks)
@@ -369,7 +319,7 @@ class _Slots:
     def _reasons(self, base: np.ndarray, labels: np.ndarray) -> dict[int, str]:
         reasons: dict[int, str] = {}
         for side, indices, reason in self._blocked:
-            for label in np.unique(labels[base[side] + np.asarray(indices, np.int64)]).tolist():
+            for label in np.unique(labels[base[side] + indices]).tolist():
                 reasons.setdefault(label, reason)
         return reasons
 
@@ -388,20 +338,6 @@ class _Slots:
             yield Family("", producers, sides, tuple(p[order] for p in parts), reason)
 
 
-def _steps(node: Any, idxs: list[Any], mapped: bool, only: str | None = None) -> Iterator[tuple[Any, list[Any], bool, str]]:
-    """Neighbours of a node with the indices they get; torch-pruning lists input edges first, then output edges."""
-    for position, edge in enumerate(node.dependencies):
-        down = position >= len(node.inputs)
-        if only is not None and down != (only == "out"):
-            continue
-        new, changed = idxs, mapped
-        for mapping in edge.index_mapping:
-            if mapping is not None:
-                new, changed = mapping(new), True
-        if new:
-            yield edge.target, new, changed, "in" if down else "out"
-
-
 def _numbered(families: list[Family]) -> list[Family]:
     counts: dict[str, int] = defaultdict(int)
     for family in families:
@@ -416,11 +352,17 @@ def _numbered(families: list[Family]) -> list[Family]:
     return named
 
 
+def first_names(model: nn.Module) -> dict[str, str]:
+    """The name under which a parameter is counted, by each of its names (a tied one has several)."""
+    first = {id(parameter): name for name, parameter in named_parameters_clean(model)}
+    return {name: first[id(tensor)] for name, tensor in tensors_by_name(model).items() if id(tensor) in first}
+
+
 def widths_of(model: nn.Module) -> Mapping[str, int]:
     """Output channels of every convolution and linear layer, by clean name."""
     found = {}
-    for name, module in model.named_modules():
-        for side in sides_of(clean_name(name), module) if is_producer(module) else ():
+    for name, module in named_modules_clean(model):
+        for side in sides_of(name, module) if is_producer(module) else ():
             if side.kind == "out":
                 found[side.layer] = side.width
     return found
