@@ -170,6 +170,12 @@ class Cost:
         nonzeros: Parameter elements that are not exactly zero.
         macs: Multiply-accumulates of the example call; None when no call was given.
         bytes: Bytes of the state dict's tensors.
+
+    Example:
+        >>> import torch
+        >>> from lightning_compress.cost import Cost
+        >>> Cost.measure(torch.nn.Linear(3, 2))
+        Cost(parameters=8, nonzeros=8, macs=None, bytes=32)
     """
 
     parameters: int

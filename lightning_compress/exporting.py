@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_compress import manifest as manifests
 from lightning_compress.errors import CompressionError
+from lightning_compress.layers import transformed_weight
 from lightning_compress.targets import clean_name, unwrap
 
 Format = Literal["safetensors", "onnx", "pt2"]
@@ -47,9 +48,10 @@ def export(
 ) -> Path:
     """Write a model's evaluation mode to a file.
 
-    `.safetensors` holds the weights, with the manifest in the header: `lc.load` rebuilds the smaller architecture
-    from it. `.onnx` and `.pt2` hold the graph of `forward` too and run without the model's code; both carry the
-    manifest as metadata. In a distributed run call it on one rank.
+    `.safetensors` holds the weights that the model computes with (soft masks are written out as zeros), with the
+    manifest in the header: `lc.load` rebuilds the smaller architecture from it. `.onnx` and `.pt2` hold the graph of
+    `forward` too and run without the model's code; both carry the manifest as metadata. In a distributed run call it
+    on one rank.
 
     Args:
         model: Any module, a LightningModule included; pass the module that the callbacks edited, since the manifest
@@ -132,15 +134,26 @@ def _whole(target: Path) -> Iterator[Path]:
 # ------------------------------------------------------------------------------------------------------- safetensors
 
 
+def _weights(model: nn.Module) -> dict[str, Any]:
+    """The state dict with the weights that the model computes with: soft masks and the like are written out."""
+    state = {clean_name(name, model): value for name, value in model.state_dict().items()}
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, Tensor):
+            with torch.no_grad():
+                used = transformed_weight(module)
+            if used is not weight:
+                state[clean_name(f"{name}.weight" if name else "weight", model)] = used
+    return manifests.without_auxiliary(state)
+
+
 def _plain_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Separate, contiguous tensors in host memory, and the names that are only another name for one of them."""
     state: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     first: dict[Any, str] = {}
     storages: set[int] = set()
-    for name, value in manifests.without_auxiliary(
-        {clean_name(k, model): v for k, v in model.state_dict().items()}
-    ).items():
+    for name, value in _weights(model).items():
         if type(value) not in (Tensor, nn.Parameter) or value.layout is not torch.strided or value.is_quantized:
             raise CompressionError(
                 f"{name!r} is a {type(value).__name__} that safetensors cannot hold (it stores plain dense tensors); "

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from lightning_compress import exporting, manifest
+from lightning_compress import exporting, layers, manifest
 from lightning_compress.cost import Call
 from lightning_compress.errors import CompressionError
 from lightning_compress.exporting import decode, encode, export, read_safetensors
@@ -134,6 +134,45 @@ def test_tied_weights_are_stored_once(tmp_path):
     with safe_open(path, "pt") as file:
         assert "head.weight" not in list(file.keys())
         assert file.metadata()["format"] == "pt"
+
+
+class Halve:
+    """A weight transform that is no mask."""
+
+    def __call__(self, weight):
+        return weight * 0.5
+
+
+def test_the_weights_that_the_model_computes_with_are_written(tmp_path):
+    model = Net().eval()
+    layers.add_transform(model.conv, "half", Halve())
+    layers.add_transform(model.head, "half", Halve())
+    x = image(3)
+    expected = model(x).detach()
+    loaded = manifest.load(Net(), export(model, tmp_path / "model.safetensors")).eval()
+    assert torch.equal(loaded(x), expected)
+    assert torch.equal(loaded.conv.weight, model.conv.weight * 0.5)
+    program = torch.export.load(export(model, tmp_path / "model.pt2", x))
+    torch.testing.assert_close(program.module()(x), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(run_onnx(export(model, tmp_path / "m.onnx", x), x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_cut_model_comes_back_smaller(tmp_path):
+    model = Net().eval()
+    keep = torch.tensor([0, 2, 3])
+    channels = {f"norm.{name}": {"0": keep} for name in ("weight", "bias", "running_mean", "running_var")}
+    cut = {
+        "kind": "channels.cut",
+        "slices": {"conv.weight": {"0": keep}, "conv.bias": {"0": keep}, "head.weight": {"1": keep}, **channels},
+        "attributes": {"conv": {"out_channels": 3}, "norm": {"num_features": 3}, "head": {"in_features": 3}},
+    }
+    manifest.replay(model, {"version": 1, "edits": [cut]})
+    x = image(2)
+    loaded = manifest.load(Net(), export(model, tmp_path / "model.safetensors")).eval()
+    assert loaded.conv.weight.shape == (3, 3, 3, 3)
+    assert torch.equal(loaded(x), model(x))
+    assert manifest.equal(manifest.of(loaded), manifest.of(model))
+    torch.testing.assert_close(run_onnx(export(model, tmp_path / "m.onnx", x), x), model(x), rtol=1e-5, atol=1e-5)
 
 
 def test_views_of_one_storage_are_stored_apart(tmp_path):
