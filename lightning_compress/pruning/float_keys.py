@@ -85,21 +85,17 @@ class Part:
     def chunks(self, size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Flat pieces in element order; views where the memory order allows it, else small copies."""
         if self.already is None:
-            for piece in _flat_pieces(self.values, size):
+            for piece in _flat_pieces(self.values, size, self.values.is_contiguous()):
                 yield piece, None
         else:
-            yield from zip(_flat_pieces(self.values, size), _flat_pieces(self.already, size), strict=True)
+            flat = self.values.is_contiguous() and self.already.is_contiguous()  # both have to be cut alike
+            yield from zip(_flat_pieces(self.values, size, flat), _flat_pieces(self.already, size, flat), strict=True)
 
 
-def removed_last(keys: Tensor, already: Tensor | None, order: Keys) -> Tensor:
-    """Marks, in place, the keys of what an earlier mask dropped."""
-    return keys if already is None else keys.masked_fill_(~already, order.removed)
-
-
-def _flat_pieces(tensor: Tensor, size: int) -> Iterator[Tensor]:
+def _flat_pieces(tensor: Tensor, size: int, flat: bool) -> Iterator[Tensor]:
     if tensor.numel() == 0:
         return
-    if tensor.is_contiguous():
+    if flat:
         yield from torch.split(tensor.view(-1), size)
     elif tensor[0].numel() >= size:
         for row in tensor:

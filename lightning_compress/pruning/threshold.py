@@ -145,7 +145,7 @@ class _Problem:
 
     @property
     def chunk(self) -> int:
-        return 1 << 18 if self.device.type == "cpu" else 1 << 24  # small enough for the cache
+        return 1 << 19 if self.device.type == "cpu" else 1 << 24  # small enough for the cache
 
     def scratch(self) -> tuple[Tensor, Tensor, Tensor]:
         """Keys, integer flags and bool flags of one chunk; made once, because fresh memory costs page faults."""

@@ -161,6 +161,15 @@ def test_memory_format_follows_the_weight() -> None:
     assert mask.stride() == weight.stride()
 
 
+def test_earlier_masks_may_have_another_memory_format(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threshold._Problem, "chunk", 16)
+    weight, already = torch.randn(8, 6, 3, 3), torch.rand(8, 6, 3, 3) > 0.3
+    expected = naive_masks([torch.where(already, weight.abs(), -1.0)], 200)
+    last = torch.channels_last
+    for w, m in ((weight, already.contiguous(memory_format=last)), (weight.contiguous(memory_format=last), already)):
+        assert_equal(magnitude_keep_masks([w], 200, already=[m]), expected)
+
+
 def test_empty_shards_and_uneven_shards() -> None:
     scores = [torch.arange(12.0).view(6, 2), torch.zeros(3)]
     shards = [[scores[0], scores[0][:0]], [scores[1][:1], scores[1][1:]]]
