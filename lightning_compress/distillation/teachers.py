@@ -7,11 +7,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric, MetricCollection
 
 from lightning_compress.distillation.taps import map_tensors, tensors_in
 from lightning_compress.errors import CompressionError
-from lightning_compress.targets import get_submodule_clean, named_modules_clean, unwrap
+from lightning_compress.targets import get_submodule_clean, is_metric, named_modules_clean, unwrap
 from lightning_compress.terms import PREFIX
 
 _SAMPLES = 16
@@ -178,7 +177,8 @@ def resolve_teacher_module(teacher: nn.Module, student_name: str, student_root: 
 
 
 def _is_model(name: str, child: nn.Module) -> bool:
-    metric = isinstance(child, (Metric, MetricCollection))
+    parts = list(child.children())
+    metric = is_metric(child) or (parts != [] and all(is_metric(part) for part in parts))  # a collection of them
     return not name.startswith(PREFIX) and not metric and next(child.parameters(), None) is not None
 
 
