@@ -92,6 +92,11 @@ class Part:
             yield from zip(_flat_pieces(self.values, size, flat), _flat_pieces(self.already, size, flat), strict=True)
 
 
+def removed_last(keys: Tensor, already: Tensor | None, order: Keys) -> Tensor:
+    """Marks, in place, the keys of what an earlier mask dropped."""
+    return keys if already is None else keys.masked_fill_(~already, order.removed)
+
+
 def _flat_pieces(tensor: Tensor, size: int, flat: bool) -> Iterator[Tensor]:
     if tensor.numel() == 0:
         return
