@@ -112,9 +112,19 @@ class Journal:
         target[:] = values
 
     def undo(self) -> None:
-        """Undo everything, newest change first."""
+        """Undo everything, newest change first; one that fails does not keep the others from being undone.
+
+        Raises:
+            BaseException: The first failure, after everything else was undone.
+        """
+        failed: BaseException | None = None
         while self._undo:
-            self._undo.pop()()
+            try:
+                self._undo.pop()()
+            except BaseException as error:  # raised below
+                failed = failed or error
+        if failed is not None:
+            raise failed
 
 
 @dataclass
