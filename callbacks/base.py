@@ -117,6 +117,10 @@ class CompressionCallback(L.Callback):
 
         Coordinator.begin(trainer, pl_module, stage, self)
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """See `lightning.Callback.on_fit_start`."""
+        self._lead(trainer, "on_fit_start")
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """See `lightning.Callback.on_train_start`."""
         self._lead(trainer, "on_train_start")

@@ -169,6 +169,7 @@ class Coordinator:
             return
         for technique in self.techniques:
             technique.attach(self)
+        self.adapter.shard_helpers(self.pl_module, [m for n, m in self._helpers()])
         if self.pipeline.sources or self.pipeline.gradient_terms:
             self.pipeline.install(self.pl_module)
             interplay.rebuild_averages(self)
@@ -268,6 +269,22 @@ class Coordinator:
     def resolve(self, schedule: Schedule) -> ResolvedSchedule:
         """A schedule in steps of this fit."""
         return schedule.resolve(self.total_steps, self.steps_per_epoch, bool(self.trainer.fast_dev_run))
+
+    def _helpers(self) -> list[tuple[str, nn.Module]]:
+        """Our own modules inside the user's, which exist only during training."""
+        children = self.pl_module.named_children()
+        return [(name, module) for name, module in children if name.startswith(manifest.AUXILIARY)]
+
+    def on_fit_start(self) -> None:
+        """Train helper modules also with an optimizer that was built from the user's own parameters only."""
+        trained = {id(p) for optimizer in self.trainer.optimizers for g in optimizer.param_groups for p in g["params"]}
+        for name, module in self._helpers():
+            for own, parameter in module.named_parameters():
+                if id(parameter) not in trained:  # in place: a new group would confuse schedulers (pytorch#104361)
+                    group = self.trainer.optimizers[0].param_groups[0]
+                    group["params"].append(parameter)
+                    if "param_names" in group:
+                        group["param_names"].append(f"{name}.{own}")
 
     def on_train_start(self) -> None:
         """Everything is restored under every strategy: install the masks, resolve the schedules."""

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -375,9 +375,15 @@ class StrategyAdapter:
                 "structural change; leave it out"
             )
 
-    def no_sync_context(self) -> Any:
-        """A context for extra forward passes outside the training step."""
-        return nullcontext()
+    def shard_helpers(self, root: nn.Module, helpers: Sequence[nn.Module]) -> None:
+        """Shard our own trained modules as the user's are: under FSDP2 plain ones would drift apart between ranks."""
+        if self.kind != "fsdp2":
+            return
+        from torch.distributed.fsdp import fully_shard
+
+        for helper in helpers:
+            if not hasattr(helper, "reshard"):
+                fully_shard(helper, mesh=root.device_mesh["data_parallel"])
 
 
 class _Gathering(dict[str, Tensor]):

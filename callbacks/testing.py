@@ -235,8 +235,9 @@ def _main() -> None:
     parser.add_argument("cases", nargs="+")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    results = {}
+    environment, results = dict(os.environ), {}
     for name in arguments.cases:
+        os.environ.update(environment)  # Lightning deletes WORLD_SIZE after a fit
         module, _, function = name.partition(":")
         try:
             results[name] = getattr(importlib.import_module(module), function)()

@@ -119,8 +119,8 @@ _PLAIN = {new: old for old, new in _TRANSFORMED.items()}
 
 
 def can_transform(module: nn.Module) -> bool:
-    """Whether a layer's weight can pass through transforms."""
-    return type(module) in _TRANSFORMED or type(module) in _PLAIN
+    """Whether a layer's weight can pass through transforms, or already does (sharding may have changed its class)."""
+    return type(module) in _TRANSFORMED or _TRANSFORMS in module.__dict__
 
 
 def add_transform(module: nn.Module, name: str, transform: WeightTransform) -> None:

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_compress import layers
 from lightning_compress.errors import CompressionError
+from lightning_compress.pruning.applying import zero_masked_
 from lightning_compress.pruning.packing import pack
 from lightning_compress.surgery import Journal, Swap
 from lightning_compress.targets import clean_name
@@ -84,11 +85,11 @@ class MaskStore:
 
     @torch.no_grad()
     def apply(self) -> None:
-        """Zero the masked weights, in place, in a few fused kernels."""
+        """Zero the masked weights, in place."""
         if self._held is None:
             raise CompressionError("masks were applied before `hold`; this is a bug in lightning-compress")
         for weight, mask in zip(*self._held, strict=True):
-            weight.mul_(mask)
+            zero_masked_(weight, mask)
 
     @torch.no_grad()
     def apply_to(self, tensors: Mapping[str, Tensor]) -> None:

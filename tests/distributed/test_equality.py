@@ -1,0 +1,82 @@
+"""One process == two, for every technique under every strategy that the capability table promises.
+
+Double precision is compared at a relative 1e-9, with edits and masks identical; fp32 by losses and the weight norm at
+1e-5. bf16 claims only that the ranks are identical.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from equality_cases import CASES, Case, one_process
+
+from lightning_compress import manifest
+from lightning_compress.callbacks.testing import run_ranks
+
+pytestmark = pytest.mark.distributed
+
+
+@cache
+def launch(group: str) -> dict[str, list[Any]]:
+    names = [f"equality_cases:{case.name}" for case in CASES if case.group == group]
+    return run_ranks(names, timeout=280, nodes=group == "nodes")
+
+
+def ranks(case: Case) -> list[dict[str, Any]]:
+    results: list[dict[str, Any]] = launch(case.group)[case.name]
+    return results
+
+
+def case_of(name: str) -> Case:
+    return next(case for case in CASES if case.name == name)
+
+
+EQUAL = [case for case in CASES if "refuses" not in case.name and case.name != "fsdp1_clip_by_norm"]
+
+
+@pytest.mark.parametrize("case", EQUAL, ids=lambda case: case.name)
+def test_the_ranks_are_identical(case: Case) -> None:
+    first, second = ranks(case)
+    assert "error" not in first, first
+    assert manifest.equal(first["masks"], second["masks"])
+    assert manifest.equal(first["edits"], second["edits"])
+    assert manifest.equal(first["weights"], second["weights"])
+
+
+@pytest.mark.parametrize("case", [c for c in EQUAL if c.name != "bf16"], ids=lambda case: case.name)
+def test_one_process_equals_two(case: Case) -> None:
+    two, one = ranks(case)[0], one_process(case)
+    double = case.settings.get("precision") == "64-true"
+    tolerance = 1e-9 if double else 1e-5
+    assert two["steps"] == one["steps"]
+    assert manifest.equal(two["edits"], one["edits"])
+    assert manifest.equal(two["masks"], one["masks"])
+    torch.testing.assert_close(two["losses"], one["losses"], rtol=tolerance, atol=0)
+    assert two["norm"] == pytest.approx(one["norm"], rel=tolerance)
+    if double:
+        torch.testing.assert_close(two["weights"], one["weights"], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(("name", "edits", "masks"), [("everything", 2, 3), ("masks", 0, 3), ("two_channel_events", 2, 0)])
+def test_something_happened(name: str, edits: int, masks: int) -> None:
+    result = one_process(case_of(name))
+    assert len(result["edits"]) == edits
+    assert len(result["masks"]) == masks
+    plain = one_process(Case("plain", "none", "single", case_of(name).settings))
+    assert result["losses"][-1] != plain["losses"][-1]
+
+
+@pytest.mark.parametrize("name", ["fsdp2_refuses_channels", "fsdp1_refuses_channels"])
+def test_sharded_strategies_refuse_structure_in_mid_fit(name: str) -> None:
+    for result in ranks(case_of(name)):
+        assert "Three ways out" in result["error"]
+        assert "schedule='setup'" in result["error"]
+
+
+def test_clip_by_norm_under_fsdp1_shows_the_error_of_lightning() -> None:
+    for result in ranks(case_of("fsdp1_clip_by_norm")):
+        assert result["error"].startswith("MisconfigurationException")
+        assert "norm" in result["error"]

@@ -1,0 +1,72 @@
+"""The table of fits that must give the same result in one process and in two; a launch runs all rows of a group."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import fits
+
+
+@dataclass(frozen=True)
+class Case:
+    """One fit; `group` names the launch that it belongs to."""
+
+    name: str
+    technique: str
+    kind: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    group: str = "ddp"
+
+
+DOUBLE = {"precision": "64-true"}
+CASES = [
+    Case("masks", "masks", "ddp", DOUBLE),
+    Case("soft_masks", "soft masks", "ddp", DOUBLE),
+    Case("n_of_m", "2:4", "ddp", DOUBLE),
+    Case("filters", "filters", "ddp", DOUBLE),
+    Case("two_channel_events", "channels", "ddp", DOUBLE),
+    Case("channels_at_setup", "channels at setup", "ddp", DOUBLE),
+    Case("distillation", "distillation", "ddp", DOUBLE),
+    Case("everything", "all", "ddp", DOUBLE),
+    Case("everything_fp32", "all", "ddp"),
+    Case("accumulation", "all", "ddp", {**DOUBLE, "accumulate_grad_batches": 3, "max_epochs": 9}),
+    Case("clipping", "all", "ddp", {**DOUBLE, "gradient_clip_val": 0.1}),
+    Case("unused_parameters", "all", "ddp_unused", DOUBLE),
+    Case("weights_to_and_from_zero", "scheduled", "ddp", DOUBLE),
+    Case("weights_to_and_from_zero_unused", "scheduled", "ddp_unused", DOUBLE),
+    Case("bf16", "all", "ddp", {"precision": "bf16-mixed"}),
+    Case("frozen_batchnorm", "all", "ddp", {**DOUBLE, "model": fits.FrozenNorm}),
+    Case("two_nodes", "all", "ddp", {**DOUBLE, "nodes": 2}, "nodes"),
+    Case("fsdp2_masks", "masks", "fsdp2", {"validate": True}, "sharded"),
+    Case("fsdp2_soft_masks", "soft masks", "fsdp2", {}, "sharded"),
+    Case("fsdp2_n_of_m", "2:4", "fsdp2", {}, "sharded"),
+    Case("fsdp2_filters", "filters", "fsdp2", {}, "sharded"),
+    Case("fsdp2_distillation", "distillation", "fsdp2", {}, "sharded"),
+    Case("fsdp1_masks", "masks", "fsdp1", {}, "sharded"),
+    Case("fsdp1_soft_masks", "soft masks", "fsdp1", {}, "sharded"),
+    Case("fsdp1_n_of_m", "2:4", "fsdp1", {}, "sharded"),
+    Case("fsdp1_distillation", "distillation", "fsdp1", {}, "sharded"),
+    Case("fsdp2_channels_at_setup", "channels at setup", "fsdp2", {}, "sharded"),
+    Case("fsdp1_channels_at_setup", "channels at setup", "fsdp1", {}, "sharded"),
+    Case("fsdp2_refuses_channels", "channels", "fsdp2", {}, "sharded"),
+    Case("fsdp1_refuses_channels", "channels", "fsdp1", {}, "sharded"),
+    Case("fsdp1_clip_by_norm", "masks", "fsdp1", {"gradient_clip_val": 0.1}, "sharded"),
+]
+
+
+def _runner(case: Case) -> Callable[[], dict[str, Any]]:
+    def run() -> dict[str, Any]:
+        return fits.fit(case.technique, case.kind, **case.settings)
+
+    return run
+
+
+globals().update({case.name: _runner(case) for case in CASES})
+
+
+def one_process(case: Case) -> dict[str, Any]:
+    """The same fit in this process."""
+    settings = {k: v for k, v in case.settings.items() if k != "nodes"}
+    return fits.fit(case.technique, **settings)

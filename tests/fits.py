@@ -1,0 +1,151 @@
+"""Fits that are run in one process and in two, and what is compared afterwards."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+
+import lightning_compress as lc
+from lightning_compress import manifest
+from lightning_compress.callbacks import ChannelPruning, Distillation, Pruning
+from lightning_compress.callbacks.base import CompressionCallback
+from lightning_compress.callbacks.strategies import StrategyAdapter
+from lightning_compress.callbacks.testing import CPUFSDPStrategy, TinyNet, rank, tiny_loader, weight_norm
+
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False,
+    "enable_checkpointing": False, "use_distributed_sampler": False,
+}  # fmt: skip
+MASKS = lc.Schedule(begin=2, end=10, every=2)
+CUTS = lc.Schedule(begin=3, end=9, every=6)
+
+
+class Losses(L.Callback):
+    """Collects the loss of each batch, averaged over ranks."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.values.append(float(trainer.strategy.reduce(outputs["loss"].detach().clone(), reduce_op="mean")))
+
+
+class FrozenNorm(TinyNet):
+    """With batch normalisation whose statistics and modes stay as they are."""
+
+    def __init__(self, **hparams: Any) -> None:
+        super().__init__(**{**hparams, "batchnorm": True})
+
+    def on_train_start(self) -> None:
+        for module in self.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.eval()
+
+
+class Sharded(TinyNet):
+    """TinyNet that shards itself for ModelParallelStrategy."""
+
+    def configure_model(self) -> None:
+        if getattr(self, "_sharded", False):
+            return
+        from torch.distributed.fsdp import fully_shard
+
+        self._sharded = True
+        lc.materialize(self.net)
+        mesh = self.device_mesh["data_parallel"]
+        for index in (0, 3):
+            fully_shard(self.net[index], mesh=mesh)
+        fully_shard(self.net, mesh=mesh)
+
+
+def teacher() -> torch.nn.Module:
+    """The same teacher in every process."""
+    with torch.random.fork_rng():
+        torch.manual_seed(99)
+        return TinyNet(width=24)
+
+
+TECHNIQUES: dict[str, Callable[[], list[CompressionCallback]]] = {
+    "none": list,
+    "masks": lambda: [Pruning(0.8, schedule=MASKS)],
+    "soft masks": lambda: [Pruning(0.8, schedule=MASKS, mode="soft")],
+    "2:4": lambda: [Pruning(pattern="2:4", schedule=MASKS)],
+    "filters": lambda: [Pruning(0.5, pattern="filter", schedule=MASKS)],
+    "channels": lambda: [ChannelPruning(keep_macs=0.5, schedule=CUTS)],
+    "channels at setup": lambda: [
+        ChannelPruning(keep_macs=0.5, schedule="setup", example_inputs=torch.zeros(2, 1, 8, 8))
+    ],
+    "distillation": lambda: [Distillation(teacher(), losses=[lc.KD(temperature=2.0)])],
+    "scheduled": lambda: [
+        Distillation(
+            teacher(),
+            losses=[
+                lc.KD(2.0, weight=lc.Scheduled(0.0, 1.0, lc.Schedule(begin=4, end=5, every=1, curve="constant"))),
+                lc.KD(4.0, weight=lc.Scheduled(1.0, 0.0, lc.Schedule(begin=8, end=9, every=1, curve="constant")), name="b"),
+            ],
+        )
+    ],
+    "all": lambda: [
+        Distillation(teacher()), Pruning(0.8, schedule=MASKS), ChannelPruning(keep_macs=0.5, schedule=CUTS),
+    ],
+}  # fmt: skip
+
+
+def strategy_of(kind: str) -> Any:
+    if kind == "ddp":
+        return DDPStrategy(process_group_backend="gloo")
+    if kind == "ddp_unused":
+        return DDPStrategy(process_group_backend="gloo", find_unused_parameters=True)
+    if kind == "fsdp2":
+        return ModelParallelStrategy(2, 1)
+    if kind == "fsdp1":
+        return CPUFSDPStrategy(auto_wrap_policy={torch.nn.Conv2d}, state_dict_type="sharded")
+    return "auto"
+
+
+def fit(
+    technique: str | Sequence[CompressionCallback], kind: str = "single", model: type[TinyNet] | None = None,
+    extra: Sequence[L.Callback] = (), nodes: int = 1, hparams: dict[str, Any] | None = None, validate: bool = False,
+    **trainer: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Fit 4 epochs of 4 global batches of 16 and return everything that has to be equal."""
+    warnings.filterwarnings("ignore")
+    world = int(os.environ.get("WORLD_SIZE", 1)) if kind != "single" else 1
+    L.seed_everything(0, verbose=False)
+    cls = model or (Sharded if kind == "fsdp2" else TinyNet)
+    module = cls(**(hparams or {}))
+    losses = Losses()
+    ours = TECHNIQUES[technique]() if isinstance(technique, str) else list(technique)
+    settings = {**QUIET, "max_epochs": 4, "num_sanity_val_steps": 0, **trainer}
+    fitter = L.Trainer(
+        devices=world // nodes, num_nodes=nodes, strategy=strategy_of(kind), callbacks=[*ours, losses, *extra], **settings
+    )
+    loader = tiny_loader(world_size=world, rank=rank() if world > 1 else 0)
+    fitter.fit(module, loader, loader if validate else None)
+    return {**outcome(module, fitter), "losses": losses.values}
+
+
+def outcome(module: L.LightningModule, trainer: L.Trainer) -> dict[str, Any]:
+    """Weights, structure and masks, as plain data."""
+    sharded = any(name in type(trainer.strategy).__name__ for name in ("FSDP", "ModelParallel"))
+    StrategyAdapter(trainer).reshard()  # after validation the root group of FSDP2 is still whole
+    norm = torch.tensor(weight_norm(list(module.parameters())), dtype=torch.float64)
+    if sharded:
+        dist.all_reduce(norm)
+    return {
+        "weights": {} if sharded else {n: p.detach().clone() for n, p in module.named_parameters()},
+        "norm": float(norm),
+        "edits": copy.deepcopy(manifest.of(module)["edits"]),
+        "masks": copy.deepcopy(module.__dict__.get("_lc_masks", {})),
+        "steps": trainer.global_step,
+    }

@@ -1,0 +1,178 @@
+"""The table of cases: every technique through everything that users do with a Trainer. A new technique is one row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fits
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+import lightning_compress as lc
+from lightning_compress import manifest
+from lightning_compress.callbacks import ChannelPruning, Distillation, Pruning
+from lightning_compress.callbacks.base import CompressionCallback
+from lightning_compress.callbacks.testing import TinyNet, tiny_loader
+
+X = torch.zeros(2, 1, 8, 8)
+Make = Callable[[Path], list[CompressionCallback]]
+
+
+def saved_teacher(folder: Path) -> str:
+    L.seed_everything(1, verbose=False)
+    trainer = L.Trainer(max_epochs=1, **fits.QUIET)
+    trainer.fit(TinyNet(), tiny_loader())
+    trainer.save_checkpoint(folder / "teacher.ckpt")
+    return str(folder / "teacher.ckpt")
+
+
+TECHNIQUES: dict[str, Make] = {
+    "masks": lambda folder: fits.TECHNIQUES["masks"](),
+    "soft masks": lambda folder: fits.TECHNIQUES["soft masks"](),
+    "N:M masks": lambda folder: fits.TECHNIQUES["2:4"](),
+    "filter masks": lambda folder: fits.TECHNIQUES["filters"](),
+    "channels": lambda folder: fits.TECHNIQUES["channels"](),
+    "channels, by parameters": lambda folder: [ChannelPruning(keep_parameters=0.5, schedule=fits.CUTS)],
+    "channels, by ratio": lambda folder: [ChannelPruning(ratio=0.5, scope="local", schedule=fits.CUTS)],
+    "channels, at setup": lambda folder: fits.TECHNIQUES["channels at setup"](),
+    "distillation, module": lambda folder: fits.TECHNIQUES["distillation"](),
+    "distillation, path": lambda folder: [Distillation(saved_teacher(folder))],
+    "distillation, initial": lambda folder: [Distillation("initial")],
+    "everything": lambda folder: fits.TECHNIQUES["all"](),
+}
+CUTTING = {name for name in TECHNIQUES if name.startswith("channels") or name == "everything"}
+MASKING = {name for name in TECHNIQUES if "masks" in name or name == "everything"}
+
+
+@pytest.fixture(params=list(TECHNIQUES))
+def technique(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def ours(technique: str, tmp_path: Path) -> list[CompressionCallback]:
+    return TECHNIQUES[technique](tmp_path)
+
+
+def train(ours: list[CompressionCallback], module: L.LightningModule | None = None, **settings: Any) -> Any:
+    L.seed_everything(0, verbose=False)
+    module = TinyNet() if module is None else module
+    path = settings.pop("ckpt_path", None)
+    extra = settings.pop("extra", [])
+    trainer = L.Trainer(callbacks=[*ours, *extra], **{**fits.QUIET, "max_epochs": 4, "num_sanity_val_steps": 0, **settings})
+    trainer.fit(module, tiny_loader(), tiny_loader(), ckpt_path=path)
+    return trainer, module
+
+
+def check(technique: str, module: L.LightningModule) -> None:
+    """What the technique promises about the model."""
+    if technique in CUTTING:
+        assert manifest.edits_of(module)
+        assert module.net[0].out_channels < 16 or module.net[3].out_channels < 16  # type: ignore[union-attr, operator]
+    if technique in MASKING:
+        weights = [p for n, p in module.named_parameters() if n.endswith("weight")]
+        zeros = sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
+        wanted = {"masks": 0.8, "soft masks": 0.8, "everything": 0.8, "N:M masks": 0.45, "filter masks": 0.35}
+        assert zeros >= wanted[technique] - 1e-3
+    assert all(p.grad is None or p.grad.shape == p.shape for p in module.parameters())
+    assert type(module.net[0]) is torch.nn.Conv2d  # type: ignore[index]
+
+
+def test_fit(technique: str, ours: list[CompressionCallback]) -> None:
+    _, module = train(ours)
+    check(technique, module)
+
+
+def test_accumulate(technique: str, ours: list[CompressionCallback]) -> None:
+    _, module = train(ours, accumulate_grad_batches=2, max_epochs=8)
+    check(technique, module)
+
+
+def test_bf16(technique: str, ours: list[CompressionCallback]) -> None:
+    _, module = train(ours, precision="bf16-mixed")
+    check(technique, module)
+
+
+def test_fit_twice_with_the_same_callbacks(technique: str, ours: list[CompressionCallback]) -> None:
+    train(ours)
+    _, module = train(ours)
+    check(technique, module)
+
+
+def test_fast_dev_run(technique: str, ours: list[CompressionCallback]) -> None:
+    _, module = train(ours, fast_dev_run=3)
+    check(technique, module)
+
+
+def test_two_optimizers(technique: str, ours: list[CompressionCallback]) -> None:
+    if technique.startswith("channels") or technique == "everything":
+        for callback in ours:
+            callback.__dict__.setdefault("example_inputs", X)
+            if isinstance(callback, ChannelPruning):
+                callback.example_inputs = X  # a manually optimized step cannot be rehearsed
+    _, module = train(ours, TwoOptimizers())
+    check(technique, module)
+
+
+def test_load_from_checkpoint(technique: str, ours: list[CompressionCallback], tmp_path: Path) -> None:
+    trainer, module = train(ours)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    loaded = lc.load_from_checkpoint(TinyNet, tmp_path / "last.ckpt")
+    x = torch.randn(3, 1, 8, 8)
+    assert type(loaded) is TinyNet
+    assert torch.equal(loaded.eval()(x), module.eval()(x))
+    if technique not in CUTTING:
+        TinyNet.load_from_checkpoint(tmp_path / "last.ckpt")  # strictly, without this package
+
+
+def test_save_weights_only(technique: str, ours: list[CompressionCallback], tmp_path: Path) -> None:
+    trainer, module = train(ours)
+    trainer.save_checkpoint(tmp_path / "small.ckpt", weights_only=True)
+    plain = lc.load(TinyNet(), tmp_path / "small.ckpt")
+    x = torch.randn(3, 1, 8, 8)
+    assert torch.equal(plain.eval()(x), module.eval()(x))
+    recorded = torch.load(tmp_path / "small.ckpt", weights_only=True).get("lightning_compress", {})
+    assert bool(recorded.get("edits")) == (technique in CUTTING)
+    assert bool(recorded.get("masks")) == (technique in MASKING)
+
+
+def test_resume(technique: str, tmp_path: Path) -> None:
+    """Stopped after two epochs and resumed: the same edits, masks and weights as without a stop."""
+    every = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, every_n_epochs=1)
+    _, straight = train(TECHNIQUES[technique](tmp_path), extra=[every], enable_checkpointing=True)
+    _, resumed = train(TECHNIQUES[technique](tmp_path), ckpt_path=tmp_path / "epoch=1.ckpt")
+    assert manifest.equal(manifest.of(straight), manifest.of(resumed))
+    assert manifest.equal(straight.state_dict(), resumed.state_dict())
+    assert manifest.equal(straight.__dict__.get("_lc_masks", {}), resumed.__dict__.get("_lc_masks", {}))
+    check(technique, resumed)
+
+
+class TwoOptimizers(TinyNet):
+    """Features and head are trained by two optimizers, by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        x, y = batch
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+            self.manual_backward(torch.nn.functional.cross_entropy(self(x), y))
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        return [
+            torch.optim.SGD(self.net[:7].parameters(), 1e-2, momentum=0.9),
+            torch.optim.Adam(self.net[7:].parameters(), 1e-3),
+        ]
+
+
+def test_pruning_counts_exactly() -> None:
+    _, module = train([Pruning(0.8, schedule=fits.MASKS)])
+    weights = [p for n, p in module.named_parameters() if n.endswith("weight")]
+    assert sum(int((w == 0).sum()) for w in weights) == round(0.8 * sum(w.numel() for w in weights))
