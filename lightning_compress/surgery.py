@@ -246,7 +246,9 @@ def slice_tensors(
     planned = _plan_slices(named, slices)
     missing = [name for name in attributes if name not in modules]
     if missing:
-        raise CompressionError(f"the edit names modules that this model does not have: {missing}; is it the same model?")
+        raise CompressionError(
+            f"the edit names modules that this model does not have: {missing}; is it the same model?"
+        )
     swaps: list[Swap] = []
     for name, old, keep in planned:
         new = _sliced(old, keep)
@@ -265,7 +267,9 @@ def _plan_slices(
     planned: dict[int, tuple[str, Tensor, dict[int, Tensor]]] = {}
     for name, dims in slices.items():
         if name not in named:
-            raise CompressionError(f"the edit names a tensor that this model does not have: {name!r}; is it the same model?")
+            raise CompressionError(
+                f"the edit names a tensor that this model does not have: {name!r}; is it the same model?"
+            )
         tensor = named[name]
         keep = {int(dim): index.to("cpu", torch.int64) for dim, index in dims.items()}
         for dim, index in keep.items():
@@ -276,7 +280,9 @@ def _plan_slices(
                 )
         earlier = planned.setdefault(id(tensor), (name, tensor, keep))
         if any(not torch.equal(earlier[2].get(dim, index), index) for dim, index in keep.items()):
-            raise CompressionError(f"{earlier[0]!r} and {name!r} are one tied tensor, but the edit cuts them differently")
+            raise CompressionError(
+                f"{earlier[0]!r} and {name!r} are one tied tensor, but the edit cuts them differently"
+            )
         earlier[2].update(keep)
     return list(planned.values())
 
@@ -285,9 +291,9 @@ def _sliced(old: Tensor, keep: Mapping[int, Tensor]) -> Tensor:
     with torch.no_grad():
         value = _SliceState(keep)(old.detach())
         for layout in (torch.channels_last, torch.channels_last_3d):
-            if old.dim() == (4 if layout is torch.channels_last else 5) and not old.is_contiguous():
-                if old.is_contiguous(memory_format=layout):
-                    value = value.contiguous(memory_format=layout)
+            fits = old.dim() == (4 if layout is torch.channels_last else 5) and not old.is_contiguous()
+            if fits and old.is_contiguous(memory_format=layout):
+                value = value.contiguous(memory_format=layout)
     if not isinstance(old, nn.Parameter):
         return value
     new = nn.Parameter(value, requires_grad=old.requires_grad)
@@ -354,9 +360,7 @@ def refuse_optimizer(optimizer: Optimizer) -> None:
         )
 
 
-def carry_state(
-    optimizer: Optimizer, swaps: Sequence[Swap], names: Mapping[int, str], journal: Journal
-) -> list[str]:
+def carry_state(optimizer: Optimizer, swaps: Sequence[Swap], names: Mapping[int, str], journal: Journal) -> list[str]:
     """Edit `param_groups` and `state` in place, at the same positions.
 
     In place, so that learning-rate schedulers, GradScaler and Lightning keep their references; at the same positions,
@@ -410,14 +414,18 @@ def _carry_parameter(optimizer: Optimizer, swap: Swap, journal: Journal) -> list
             why = "its state is not element-wise" if not whole else "it is a new kind of parameter"
             notes.append(f"{type(optimizer).__name__} state of {new.name} restarts: {why}")
             continue
-        mapped = {k: _map_state(v, shape, new.state_map) for k, v in state.items()}
+        mapped = {k: _map_state(v, shape, new) for k, v in state.items()}
         journal.set_item(optimizer.state, new.tensor, mapped)
     return notes
 
 
-def _map_state(value: Any, shape: torch.Size, state_map: StateMap) -> Any:
+def _map_state(value: Any, shape: torch.Size, new: New) -> Any:
     if not isinstance(value, Tensor):
         return value
-    if value.shape == shape and value.dim() > 0:
-        return state_map(value).clone(memory_format=torch.contiguous_format)
-    return value.clone()
+    if value.shape != shape or value.dim() == 0 or new.state_map is None:
+        return value.clone()
+    mapped = new.state_map(value)
+    if mapped.shape != new.tensor.shape:
+        return mapped.clone()
+    # Fused optimizers walk through the memory of weight and state side by side: both must have one layout.
+    return torch.empty_like(new.tensor, dtype=mapped.dtype, requires_grad=False).copy_(mapped)

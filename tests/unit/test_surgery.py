@@ -107,6 +107,22 @@ def test_cutting_dead_channels_is_not_cutting(name):
     torch.testing.assert_close(small[3].weight, whole[3].weight[:, KEEP], rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("name", ["AdamW fused", "AdamW foreach", "SGD with momentum"])
+def test_cutting_dead_channels_of_a_channels_last_model_is_not_cutting(name):
+    cls, options = OPTIMIZERS[name]  # fused kernels go through memory, so the state must lie there as the weight does
+    whole, small = (build().to(memory_format=torch.channels_last) for _ in range(2))
+    optimizers = [cls(model.parameters(), lr=0.01, **options) for model in (whole, small)]
+    for model, optimizer in zip((whole, small), optimizers, strict=True):
+        train(model, optimizer, 3)
+    with edit(small, [cut()], [optimizers[1]]):
+        pass
+    for value in optimizers[1].state[small[0].weight].values():
+        assert not isinstance(value, Tensor) or value.dim() == 0 or value.stride() == small[0].weight.stride()
+    for model, optimizer in zip((whole, small), optimizers, strict=True):
+        train(model, optimizer, 6)
+    torch.testing.assert_close(small[0].weight, whole[0].weight[KEEP], rtol=0, atol=1e-10)
+
+
 def test_cutting_dead_channels_behind_batch_norm_is_not_cutting():
     whole, small = build(norm=True), build(norm=True)
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9) for model in (whole, small)]
