@@ -129,9 +129,12 @@ class MaskStore:
     # ---------------------------------------------------------------------------------------------------- following
     def follow(self, swaps: Sequence[Swap], journal: Journal) -> None:
         """Take over an edit: a sliced weight's mask is sliced, a new kind of parameter starts unmasked."""
-        before = (dict(self.local), {n: layers.get_transform(m, TRANSFORM) for n, m in self.soft.items()})
-        journal.on_undo(lambda: self._restore(*before))
+        soft = {name: (module, layers.get_transform(module, TRANSFORM)) for name, module in self.soft.items()}
+        local = dict(self.local)
+        journal.on_undo(lambda: self._restore(local, soft))
         for swap in swaps:
+            if all(new.name != swap.name for new in swap.new):
+                self.soft.pop(swap.name, None)  # its layer is gone
             mask = self.local.pop(swap.name, None)
             if mask is None:
                 continue
@@ -140,11 +143,12 @@ class MaskStore:
                     self.set(new.name, new.state_map(mask))
         self._held = None
 
-    def _restore(self, local: dict[str, Tensor], transforms: dict[str, Any]) -> None:
+    def _restore(self, local: dict[str, Tensor], soft: Mapping[str, tuple[nn.Module, Any]]) -> None:
         self.local, self._held = local, None
-        for name, transform in transforms.items():
+        self.soft = {name: module for name, (module, _) in soft.items()}
+        for module, transform in soft.values():
             if transform is not None:
-                layers.add_transform(self.soft[name], TRANSFORM, transform)
+                layers.add_transform(module, TRANSFORM, transform)
 
     # ------------------------------------------------------------------------------------------------------- saving
     def packed(self, gather: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> dict[str, Any]:
