@@ -30,6 +30,14 @@ class CompressionCallback(L.Callback):
     Args:
         name: Tells two instances of one class apart, in checkpoints and logs; default: the class name.
         schedule: When the technique acts; ``None`` if it has no events.
+
+    Example:
+        >>> from lightning_compress.callbacks import CompressionCallback
+        >>> class Announce(CompressionCallback):
+        ...     def on_compression_event(self, trainer, pl_module, record):
+        ...         print(record.technique, record.reached)
+        >>> Announce(name="announce").name
+        'announce'
     """
 
     order: ClassVar[int] = REPORT

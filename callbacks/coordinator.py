@@ -21,8 +21,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from lightning_compress import manifest, surgery
@@ -232,8 +232,11 @@ class Coordinator:
             rank_zero_info(f"lightning-compress: the checkpoint does not know {', '.join(fresh)}; they start afresh")
 
     def packed_masks(self) -> dict[str, Any]:
-        """The masks as a checkpoint holds them: packed when they changed, since whole masks of sharded parameters need
-        a collective, which saving, maybe after one rank has failed, must not start."""
+        """The masks as a checkpoint holds them.
+
+        They were packed when they changed: whole masks of sharded parameters need a collective, which saving, maybe
+        after one rank has failed, must not start.
+        """
         return self.masking.packed
 
     # ---------------------------------------------------------------------------------------------------------- steps
@@ -266,9 +269,14 @@ class Coordinator:
         accumulate = self.trainer.accumulate_grad_batches if self.pl_module.automatic_optimization else 1
         return math.ceil(batches / accumulate)
 
+    @property
+    def is_trial(self) -> bool:
+        """Whether this is Lightning's ``fast_dev_run``."""
+        return bool(self.trainer.fast_dev_run)  # type: ignore[attr-defined]
+
     def resolve(self, schedule: Schedule) -> ResolvedSchedule:
         """A schedule in steps of this fit."""
-        return schedule.resolve(self.total_steps, self.steps_per_epoch, bool(self.trainer.fast_dev_run))
+        return schedule.resolve(self.total_steps, self.steps_per_epoch, self.is_trial)
 
     def _helpers(self) -> list[tuple[str, nn.Module]]:
         """Our own modules inside the user's, which exist only during training."""
@@ -295,9 +303,10 @@ class Coordinator:
         for optimizer in self.trainer.optimizers:
             self._handles.append(optimizer.register_step_post_hook(self._after_optimizer_step))
         for source in self.pipeline.sources:
-            for resolvable in (source, *source.terms):
+            resolvables: list[Any] = [source, *source.terms]
+            for resolvable in resolvables:
                 resolvable.resolve(
-                    self.total_steps, self.steps_per_epoch, bool(self.trainer.fast_dev_run),
+                    self.total_steps, self.steps_per_epoch, self.is_trial,
                     self.decisions.of(source.name),
                 )  # fmt: skip
         for technique in self.techniques:

@@ -106,8 +106,8 @@ class Distillation(CompressionCallback):
             if manifest.edits_of(run.pl_module) and not run.continues:
                 cls = type(run.pl_module).__name__
                 raise CompressionError(
-                    f"{self.name}: the module already carries compression edits, so no copy of its dense form can be "
-                    f"made for {str(self.teacher)!r}; pass teacher=lc.load_from_checkpoint({cls}, {str(self.teacher)!r})"
+                    f"{self.name}: the module already carries compression edits, so no copy of its dense form can "
+                    f"be made for {str(self.teacher)!r}; pass teacher=lc.load_from_checkpoint({cls}, path)"
                 )
 
     def attach(self, run: Coordinator) -> None:

@@ -93,7 +93,7 @@ def smaller(call: ExampleCall) -> ExampleCall:
 
 
 def to_state(call: ExampleCall | None) -> dict[str, Any] | None:
-    """Plain data for a checkpoint, so that a resumed fit measures with the same example; ``None`` if it is not plain."""
+    """Plain data for a checkpoint, so that a resumed fit measures alike; ``None`` if it is not plain."""
     if call is None or not _is_plain((call.args, call.kwargs)):
         return None
     return {
@@ -114,7 +114,6 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, dict):
         return all(isinstance(k, str) and _is_plain(v) for k, v in value.items())
     return value is None or type(value) in (Tensor, str, int, float, bool)
-
 
 
 class Plain:

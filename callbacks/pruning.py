@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_compress.callbacks.base import MASKS, CompressionCallback
@@ -227,7 +227,9 @@ class Pruning(CompressionCallback):
         """Patterns see whole weights: a shard need not hold whole rows, filters or groups."""
         modules = self._layers(run)
         dims = [1 if isinstance(modules[n], _TRANSPOSED) else 0 for n in names]
-        earlier = run.adapter.gather(run.pl_module, {n: run.masking.store.local[n] for n in names if n in run.masking.store.local})
+        earlier = run.adapter.gather(
+            run.pl_module, {n: run.masking.store.local[n] for n in names if n in run.masking.store.local}
+        )
         already = [None if self.mode == "soft" else earlier.get(n) for n in names]
         with run.adapter.summoned(run.pl_module) as whole:
             scores = [magnitude(whole[n]) for n in names]
@@ -235,9 +237,7 @@ class Pruning(CompressionCallback):
             keep = patterns.global_keep_masks(scores, self.pattern, sparsity, already, out_dims=dims, names=names)
         else:
             rows = zip(scores, already, dims, names, strict=True)
-            keep = [
-                patterns.pattern_keep_mask(s, self.pattern, sparsity, a, out_dim=d, name=n) for s, a, d, n in rows
-            ]
+            keep = [patterns.pattern_keep_mask(s, self.pattern, sparsity, a, out_dim=d, name=n) for s, a, d, n in rows]
         full = dict(zip(names, keep, strict=True))
         return run.adapter.shard(run.pl_module, full), full
 
@@ -256,4 +256,3 @@ class Pruning(CompressionCallback):
             or is_overridden("configure_gradient_clipping", run.pl_module)
             or type(optimizer).__name__ in _NORM_OPTIMIZERS
         )
-

@@ -107,7 +107,7 @@ def requested_checkpoint(trainer: L.Trainer) -> str | None:
     if trainer.ckpt_path:
         return str(trainer.ckpt_path)
     code, frame = type(trainer)._run.__code__, sys._getframe()
-    while frame is not None:  # type: ignore[redundant-expr]
+    while frame is not None:
         if frame.f_code is code:
             path = frame.f_locals.get("ckpt_path")
             return None if path is None else str(path)
@@ -232,12 +232,15 @@ class StrategyAdapter:
         return _local(parameter.detach())
 
     def reshard(self) -> None:
-        """Shard again what a forward without backward left whole (FSDP2 keeps its root group whole after validation,
-        pytorch#144289); parameters read in that state are about to be thrown away."""
+        """Shard again what a forward without backward left whole.
+
+        FSDP2 keeps its root group whole after validation (pytorch#144289), and parameters read in that state are about
+        to be thrown away.
+        """
         if self.kind == "fsdp2":
             for module in self.trainer.lightning_module.modules():
                 if hasattr(module, "reshard") and hasattr(module, "unshard"):
-                    module.reshard()
+                    module.reshard()  # type: ignore[operator]
 
     def ranks(self) -> Ranks:
         """The group over which parameters are spread; replicas (DDP) count once."""
@@ -264,7 +267,7 @@ class StrategyAdapter:
             mesh = getattr(parameter, "device_mesh", None)
             if mesh is None:
                 raise CompressionError(
-                    f"parameter {name!r} is not sharded although the strategy is {type(self.trainer.strategy).__name__}; "
+                    f"parameter {name!r} is not sharded, unlike {type(self.trainer.strategy).__name__} expects; "
                     "include its module in `fully_shard`, or exclude it from compression with `exclude=`"
                 )
             if mesh.ndim != 1 or mesh.size() != self.world_size:
@@ -285,7 +288,8 @@ class StrategyAdapter:
         if self.kind == "fsdp1":
             from torch.distributed.fsdp import FullyShardedDataParallel
 
-            with FullyShardedDataParallel.summon_full_params(self.trainer.strategy.model, writeback=writeback):
+            model: Any = self.trainer.strategy.model
+            with FullyShardedDataParallel.summon_full_params(model, writeback=writeback):
                 yield {clean_name(name): p.detach() for name, p in root.named_parameters()}
         else:
             yield _Gathering({clean_name(name): p.detach() for name, p in root.named_parameters()})
@@ -297,7 +301,7 @@ class StrategyAdapter:
         parameters = self.parameters(root)
         return {name: self._shard_one(parameters[name], mask) for name, mask in full.items()}
 
-    def _shard_one(self, parameter: Tensor, mask: Tensor) -> Tensor:
+    def _shard_one(self, parameter: Any, mask: Tensor) -> Tensor:
         if not hasattr(parameter, "device_mesh"):
             return mask.to(parameter.device)
         from torch.distributed.tensor import distribute_tensor
@@ -324,7 +328,7 @@ class StrategyAdapter:
         parameters = self.parameters(root) if self.kind == "fsdp2" else {}
         return {name: self._gather_one(parameters.get(name), mask) for name, mask in local.items()}
 
-    def _gather_one(self, parameter: Tensor | None, mask: Tensor) -> Tensor:
+    def _gather_one(self, parameter: Any, mask: Tensor) -> Tensor:
         if parameter is None or not hasattr(parameter, "device_mesh"):
             return mask
         from torch.distributed.tensor import DTensor
@@ -365,8 +369,8 @@ class StrategyAdapter:
         """
         if uses_spawn(self.trainer):
             raise CompressionError(
-                "this Trainer starts its workers by spawn or fork, and at the end of the fit its main process loads the "
-                "smaller weights into the model of the original shape, which fails after all training is done. "
+                "this Trainer starts its workers by spawn or fork, and at the end of the fit its main process loads "
+                "the smaller weights into the model of the original shape, which fails after all training is done. "
                 "Use strategy='ddp' in a script"
             )
         if getattr(self.trainer.strategy, "_model_averaging_period", None) is not None:
@@ -375,7 +379,7 @@ class StrategyAdapter:
                 "structural change; leave it out"
             )
 
-    def shard_helpers(self, root: nn.Module, helpers: Sequence[nn.Module]) -> None:
+    def shard_helpers(self, root: Any, helpers: Sequence[nn.Module]) -> None:
         """Shard our own trained modules as the user's are: under FSDP2 plain ones would drift apart between ranks."""
         if self.kind != "fsdp2":
             return

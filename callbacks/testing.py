@@ -91,7 +91,7 @@ def tiny_data(samples: int = 64, seed: int = 0) -> TensorDataset:
 def tiny_loader(batch_size: int = 16, samples: int = 64, world_size: int = 1, rank: int = 0) -> DataLoader[Any]:
     """A loader whose global batches are the same for any number of processes: equal shards, no shuffling."""
     data = tiny_data(samples)
-    sampler = DistributedSampler(data, world_size, rank, shuffle=False)
+    sampler: DistributedSampler[Any] = DistributedSampler(data, world_size, rank, shuffle=False)
     return DataLoader(data, batch_size // world_size, sampler=sampler)
 
 
@@ -190,7 +190,14 @@ def run_ranks(
         started = []
         for rank in range(processes):
             log = open(Path(folder, f"log{rank}"), "w")  # noqa: SIM115 - closed with the process
-            command = [sys.executable, "-m", "lightning_compress.callbacks.testing", "--out", f"{folder}/{rank}", *names]
+            command = [
+                sys.executable,
+                "-m",
+                "lightning_compress.callbacks.testing",
+                "--out",
+                f"{folder}/{rank}",
+                *names,
+            ]
             environment = _environment(rank, processes, port, nodes)
             started.append((subprocess.Popen(command, env=environment, stdout=log, stderr=log), log))
         try:

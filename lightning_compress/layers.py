@@ -40,7 +40,8 @@ class TransformedConv1d(nn.Conv1d):
 
     def forward(self, input: Tensor) -> Tensor:
         """See `torch.nn.Conv1d`."""
-        return self._conv_forward(input, transformed_weight(self), self.bias)
+        output: Tensor = self._conv_forward(input, transformed_weight(self), self.bias)
+        return output
 
 
 class TransformedConv2d(nn.Conv2d):
@@ -48,7 +49,8 @@ class TransformedConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """See `torch.nn.Conv2d`."""
-        return self._conv_forward(input, transformed_weight(self), self.bias)
+        output: Tensor = self._conv_forward(input, transformed_weight(self), self.bias)
+        return output
 
 
 class TransformedConv3d(nn.Conv3d):
@@ -56,7 +58,8 @@ class TransformedConv3d(nn.Conv3d):
 
     def forward(self, input: Tensor) -> Tensor:
         """See `torch.nn.Conv3d`."""
-        return self._conv_forward(input, transformed_weight(self), self.bias)
+        output: Tensor = self._conv_forward(input, transformed_weight(self), self.bias)
+        return output
 
 
 def _transposed(module: Any, function: Callable[..., Tensor], input: Tensor, output_size: list[int] | None) -> Tensor:

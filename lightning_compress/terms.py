@@ -169,7 +169,10 @@ class TermSource(Protocol):
     """Where terms get their records: taps on a student and perhaps a teacher, see `distillation.source`."""
 
     name: str
-    terms: Sequence[LossTerm]
+
+    @property
+    def terms(self) -> Sequence[LossTerm]:
+        """The terms, in order."""
 
     def task_weight_at(self, step: int) -> float:
         """Return the factor of the user's own loss."""

@@ -90,8 +90,8 @@ TECHNIQUES: dict[str, Callable[[], list[CompressionCallback]]] = {
         Distillation(
             teacher(),
             losses=[
-                lc.KD(2.0, weight=lc.Scheduled(0.0, 1.0, lc.Schedule(begin=4, end=5, every=1, curve="constant"))),
-                lc.KD(4.0, weight=lc.Scheduled(1.0, 0.0, lc.Schedule(begin=8, end=9, every=1, curve="constant")), name="b"),
+                lc.KD(2.0, weight=lc.Scheduled(0.0, 1.0, lc.Schedule(begin=4, curve="constant"))),
+                lc.KD(4.0, weight=lc.Scheduled(1.0, 0.0, lc.Schedule(begin=8, curve="constant")), name="b"),
             ],
         )
     ],
@@ -128,7 +128,11 @@ def fit(
     ours = TECHNIQUES[technique]() if isinstance(technique, str) else list(technique)
     settings = {**QUIET, "max_epochs": 4, "num_sanity_val_steps": 0, **trainer}
     fitter = L.Trainer(
-        devices=world // nodes, num_nodes=nodes, strategy=strategy_of(kind), callbacks=[*ours, losses, *extra], **settings
+        devices=world // nodes,
+        num_nodes=nodes,
+        strategy=strategy_of(kind),
+        callbacks=[*ours, losses, *extra],
+        **settings,
     )
     loader = tiny_loader(world_size=world, rank=rank() if world > 1 else 0)
     fitter.fit(module, loader, loader if validate else None)

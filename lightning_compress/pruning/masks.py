@@ -30,6 +30,7 @@ class SoftMask:
         self.mask = mask
 
     def __call__(self, weight: Tensor) -> Tensor:
+        """The masked weight."""
         if self.mask is None:
             return weight
         if self.mask.device != weight.device:

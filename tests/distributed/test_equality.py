@@ -60,7 +60,10 @@ def test_one_process_equals_two(case: Case) -> None:
         torch.testing.assert_close(two["weights"], one["weights"], rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize(("name", "edits", "masks"), [("everything", 2, 3), ("masks", 0, 3), ("two_channel_events", 2, 0)])
+COUNTS = [("everything", 2, 3), ("masks", 0, 3), ("two_channel_events", 2, 0)]
+
+
+@pytest.mark.parametrize(("name", "edits", "masks"), COUNTS)
 def test_something_happened(name: str, edits: int, masks: int) -> None:
     result = one_process(case_of(name))
     assert len(result["edits"]) == edits

@@ -63,7 +63,9 @@ def train(ours: list[CompressionCallback], module: L.LightningModule | None = No
     module = TinyNet() if module is None else module
     path = settings.pop("ckpt_path", None)
     extra = settings.pop("extra", [])
-    trainer = L.Trainer(callbacks=[*ours, *extra], **{**fits.QUIET, "max_epochs": 4, "num_sanity_val_steps": 0, **settings})
+    trainer = L.Trainer(
+        callbacks=[*ours, *extra], **{**fits.QUIET, "max_epochs": 4, "num_sanity_val_steps": 0, **settings}
+    )
     trainer.fit(module, tiny_loader(), tiny_loader(), ckpt_path=path)
     return trainer, module
 
