@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextvars
 import hashlib
-import os
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,14 +19,16 @@ from torch import Tensor, nn
 
 from lightning_compress import surgery
 from lightning_compress.errors import CompressionError
+from lightning_compress.reading import PathLike
+from lightning_compress.reading import read_checkpoint as read_checkpoint
 
 KEY = "lightning_compress"
 VERSION = 1
 AUXILIARY = "_lc_"  # prefix of modules that exist only during training (projectors, learned scores)
 _LOG = "_lc_edits"
+_FOREIGN = "the file is damaged, or another program wrote under the key 'lightning_compress'"
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
-PathLike = str | os.PathLike[str]
 
 
 # ------------------------------------------------------------------------------------------------------------ record
@@ -51,7 +53,10 @@ def record(root: nn.Module, edits: Sequence[surgery.Edit], journal: surgery.Jour
     journal.set_item(root.__dict__, _LOG, [*edits_of(root), *edits])
 
 
-def replay(root: nn.Module, manifest: Mapping[str, Any] | None) -> int:
+def replay(
+    root: nn.Module, manifest: Mapping[str, Any] | None, journal: surgery.Journal | None = None,
+    check: Callable[[], None] | None = None,
+) -> int:  # fmt: skip
     """Bring a model to the architecture of a manifest.
 
     Idempotent: only the edits that the model lacks are applied. If one fails, the model is as before.
@@ -59,6 +64,8 @@ def replay(root: nn.Module, manifest: Mapping[str, Any] | None) -> int:
     Args:
         root: A model that was built as the original one was.
         manifest: From `of` or `read`; ``None`` means no edits.
+        journal: Keeps how to undo it, for a caller who may have to later.
+        check: Called when all edits are made; what it raises undoes them.
 
     Returns:
         How many edits were applied.
@@ -75,22 +82,34 @@ def replay(root: nn.Module, manifest: Mapping[str, Any] | None) -> int:
             f"{len(wanted)} edits ({_kinds(wanted)}) does not start with; build a fresh model and load into that"
         )
     missing = wanted[len(have) :]
-    journal = surgery.Journal()
+    journal = surgery.Journal() if journal is None else journal
     with surgery.edit(root, missing, journal=journal):
         if missing:
             record(root, missing, journal)
+        if check is not None:
+            check()
     return len(missing)
 
 
 def _edits(manifest: Mapping[str, Any] | None) -> list[surgery.Edit]:
     if manifest is None:
         return []
+    if not isinstance(manifest, Mapping):
+        raise CompressionError(f"the record of compression is a {type(manifest).__name__}, no dictionary; {_FOREIGN}")
+    if not manifest:
+        return []
     version = manifest.get("version")
-    if not isinstance(version, int) or version > VERSION:
+    if not isinstance(version, int):
+        raise CompressionError(f"the record of compression has no version (found {version!r}); {_FOREIGN}")
+    if version > VERSION:
         raise CompressionError(
-            f"the manifest has version {version!r}, this lightning-compress reads up to {VERSION}; update it"
+            f"the record of compression has version {version}, and this lightning-compress reads up to version "
+            f"{VERSION}; update lightning-compress"
         )
-    return list(manifest.get("edits", []))
+    edits = manifest.get("edits", [])
+    if not isinstance(edits, list) or not all(isinstance(edit, Mapping) for edit in edits):
+        raise CompressionError(f"the edits in the record of compression are no list of dictionaries; {_FOREIGN}")
+    return list(edits)
 
 
 def _kinds(edits: Sequence[surgery.Edit]) -> str:
@@ -140,43 +159,19 @@ def diff(a: Mapping[str, Any] | None, b: Mapping[str, Any] | None) -> list[str]:
 
 
 # -------------------------------------------------------------------------------------------------------------- read
-def read_checkpoint(path: PathLike) -> dict[str, Any]:
-    """Read a checkpoint file safely (``weights_only=True``, memory-mapped), or the part of a sharded folder that
-    holds everything but the tensors.
-
-    Raises:
-        CompressionError: If it is missing, unreadable, or not a Lightning checkpoint.
-    """
-    path = Path(path)
-    file = path / "meta.pt" if path.is_dir() else path
-    if not file.is_file():
-        raise CompressionError(f"there is no checkpoint at {str(path)!r}; check the path")
-    try:
-        checkpoint = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:
-        raise CompressionError(
-            f"{str(path)!r} cannot be read as a checkpoint ({type(error).__name__}: {str(error).splitlines()[0]}); "
-            "it is damaged, incomplete, or holds objects that are unsafe to unpickle"
-        ) from error
-    if not isinstance(checkpoint, dict) or not ("state_dict" in checkpoint or path.is_dir()):
-        raise CompressionError(
-            f"{str(path)!r} is no Lightning checkpoint (no 'state_dict' in it); save one with `trainer.save_checkpoint`"
-        )
-    return checkpoint
-
-
 def read(path: PathLike) -> dict[str, Any] | None:
     """The manifest in a checkpoint, or ``None`` if it has none.
 
     Raises:
-        CompressionError: If the checkpoint cannot be read.
+        CompressionError: If the checkpoint, or the manifest in it, cannot be read.
     """
     if str(path).endswith(".safetensors"):
         from lightning_compress.exporting import read_safetensors
 
         return read_safetensors(path)[1]
-    manifest = read_checkpoint(path).get(KEY)
-    return manifest if isinstance(manifest, dict) else None
+    manifest: dict[str, Any] | None = read_checkpoint(path).get(KEY)
+    _edits(manifest)
+    return manifest
 
 
 # -------------------------------------------------------------------------------------------------------------- load
@@ -192,8 +187,8 @@ def load(model: ModuleT, path: PathLike, prefix: str = "") -> ModuleT:
         The same module.
 
     Raises:
-        CompressionError: If the file cannot be read, or does not fit; the module's values may then be partly loaded,
-            but its structure is as before.
+        CompressionError: If the file cannot be read, or does not fit; the module is then as before.
+        ValueError: If the prefix does not end with a dot.
 
     Example:
         >>> import torch, lightning_compress as lc
@@ -201,6 +196,8 @@ def load(model: ModuleT, path: PathLike, prefix: str = "") -> ModuleT:
         >>> lc.load(torch.nn.Linear(4, 2), "/tmp/dense.ckpt")
         Linear(in_features=4, out_features=2, bias=True)
     """
+    if prefix and not prefix.endswith("."):
+        raise ValueError(f"a prefix ends with a dot, so give prefix={prefix + '.'!r}; found {prefix!r}")
     if str(path).endswith(".safetensors"):
         from lightning_compress.exporting import read_safetensors
 
@@ -210,25 +207,44 @@ def load(model: ModuleT, path: PathLike, prefix: str = "") -> ModuleT:
         if Path(path).is_dir():
             raise CompressionError(f"{str(path)!r} is a sharded checkpoint; consolidate it into one file first")
         state, manifest = checkpoint["state_dict"], checkpoint.get(KEY)
-    manifest = without_prefix(manifest, prefix)
+    _edits(manifest)
+    everything, manifest = state, without_prefix(manifest, prefix)
     state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix) and not _is_auxiliary(k)}
-    _check_fits(model, state, manifest, path, prefix)
-    replay(model, manifest)
+
+    def check() -> None:
+        _check_fits(model, state)
+        check_masks(model, manifest)
+
+    try:
+        replay(model, manifest, check=check)
+    except CompressionError as error:
+        raise CompressionError(
+            f"{str(path)!r} (with prefix={prefix!r}) does not fit {type(model).__name__}"
+            f"{_better_prefix(model, everything, prefix)}: {error}"
+        ) from error
     model.load_state_dict(state, strict=True)
     apply_masks(model, manifest)
     return model
 
 
-def _check_fits(
-    model: nn.Module, state: Mapping[str, Tensor], manifest: Mapping[str, Any] | None, path: PathLike, prefix: str
-) -> None:
-    have = set(model.state_dict())
-    if not _edits(manifest) and (extra := sorted(set(state) ^ have)):
-        raise CompressionError(
-            f"{str(path)!r} (prefix {prefix!r}) does not fit {type(model).__name__}: {len(extra)} names are on one "
-            f"side only, for example {extra[0]!r}; pass the prefix of the module inside the LightningModule, "
-            "such as prefix='model.'"
-        )
+def _better_prefix(model: nn.Module, state: Mapping[str, Any], prefix: str) -> str:
+    first = next(iter(model.state_dict()), "")
+    found = sorted({k.removesuffix(first) for k in state if first and k.endswith(first)} - {prefix})
+    found = [other for other in found if not other or other.endswith(".")]
+    return f" (did you mean {' or '.join(f'prefix={other!r}' for other in found[:3])}?)" if found else ""
+
+
+def _check_fits(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Refuse a state that `load_state_dict` would load in part only."""
+    own = model.state_dict()
+    if extra := sorted(set(state) ^ set(own)):
+        side = "the file" if extra[0] in state else "the model"
+        raise CompressionError(f"{len(extra)} names are on one side only, for example {extra[0]!r} in {side}")
+    for name, value in own.items():
+        if isinstance(value, Tensor) and isinstance(state[name], Tensor) and state[name].shape != value.shape:
+            raise CompressionError(
+                f"{name!r} has shape {tuple(state[name].shape)} in the file and {tuple(value.shape)} in the model"
+            )
 
 
 def without_prefix(manifest: Mapping[str, Any] | None, prefix: str) -> dict[str, Any] | None:
@@ -253,23 +269,35 @@ def without_auxiliary(state: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in state.items() if not _is_auxiliary(k)}
 
 
+def check_masks(root: nn.Module, manifest: Mapping[str, Any] | None) -> dict[str, Tensor]:
+    """The masks of a manifest, whole, by parameter name.
+
+    Raises:
+        CompressionError: If a mask is damaged or does not have the shape of its parameter.
+    """
+    from lightning_compress.pruning.packing import unpack
+
+    named = surgery.tensors_by_name(root)
+    masks = {name: unpack(packed) for name, packed in ((manifest or {}).get("masks") or {}).items()}
+    for name, mask in masks.items():
+        if name not in named:
+            raise CompressionError(f"the file holds a mask of {name!r}, which the model does not have")
+        if named[name].shape != mask.shape:
+            shape = tuple(named[name].shape)
+            raise CompressionError(f"the mask of {name!r} has shape {tuple(mask.shape)}, its parameter has {shape}")
+    return masks
+
+
 def apply_masks(root: nn.Module, manifest: Mapping[str, Any] | None) -> None:
     """Multiply the weights by the masks of a manifest; changes nothing where they are already sparse.
 
     Raises:
-        CompressionError: If a mask does not have the shape of its parameter.
+        CompressionError: If a mask is damaged or does not have the shape of its parameter.
     """
-    masks = (manifest or {}).get("masks") or {}
-    if not masks:
+    if not (manifest or {}).get("masks"):
         return
-    from lightning_compress.pruning.packing import unpack
-
     named = surgery.tensors_by_name(root)
-    for name, packed in masks.items():
-        mask = unpack(packed)
-        if name not in named or named[name].shape != mask.shape:
-            shape = tuple(named[name].shape) if name in named else None
-            raise CompressionError(f"the mask of {name!r} has shape {tuple(mask.shape)}, the model has {shape}")
+    for name, mask in check_masks(root, manifest).items():
         with torch.no_grad():
             named[name].mul_(mask.to(named[name].device))
 
@@ -287,8 +315,14 @@ def load_from_checkpoint(cls: type[ModuleT], path: PathLike, **kwargs: Any) -> M
 
     Raises:
         CompressionError: If the checkpoint cannot be read or does not fit.
+        TypeError: If `cls` is no LightningModule class.
     """
-    read_checkpoint(path)  # the same clear errors as everywhere else
+    if not inspect.isclass(cls) or not callable(getattr(cls, "load_from_checkpoint", None)):
+        raise TypeError(f"cls is a LightningModule class, not {cls!r:.80}; for a plain module there is `load`")
+    found = read_checkpoint(path)  # the same clear errors as everywhere else
+    _edits(found.get(KEY))
+    if "pytorch-lightning_version" not in found:
+        raise CompressionError(f"Lightning did not write {str(path)!r}; build the module and use `load(module, path)`")
 
     def on_load_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:
         replay(self, checkpoint.get(KEY))
@@ -297,10 +331,19 @@ def load_from_checkpoint(cls: type[ModuleT], path: PathLike, **kwargs: Any) -> M
 
     # `load_from_checkpoint` knows no callbacks, and the structure must change between building and loading: a passing
     # subclass with the hook does that; the instance then goes back to the user's class.
-    loading = type(cls.__name__, (cls,), {"on_load_checkpoint": on_load_checkpoint, "__module__": cls.__module__})
-    module = loading.load_from_checkpoint(path, **kwargs)  # type: ignore[attr-defined]
+    body = {"on_load_checkpoint": on_load_checkpoint, "__module__": cls.__module__}
+    loading: type[Any] = type(cls.__name__, (cls,), body)
+    try:
+        module = loading.load_from_checkpoint(path, **kwargs)
+    except RuntimeError as error:
+        if isinstance(error, CompressionError) or not str(error).startswith("Error(s) in loading state_dict"):
+            raise
+        raise CompressionError(
+            f"{str(path)!r} does not fit {cls.__name__}: {error}\nIs it of this class, and built with the same "
+            "hyperparameters (pass them as keyword arguments if `save_hyperparameters` did not save them)?"
+        ) from error
     module.__class__ = cls
-    apply_masks(module, read(path))
+    apply_masks(module, found.get(KEY))
     return module  # type: ignore[no-any-return]
 
 
@@ -322,8 +365,11 @@ def strip(path: PathLike, to: PathLike | None = None) -> Path:
     checkpoint["state_dict"] = without_auxiliary(checkpoint["state_dict"])
     checkpoint.pop("optimizer_states", None)  # positional: they no longer fit
     partial = target.with_name(target.name + ".partial")
-    torch.save(checkpoint, partial)
-    partial.replace(target)
+    try:
+        torch.save(checkpoint, partial)
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)  # what a full disk left of it
     return target
 
 
