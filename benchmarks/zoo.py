@@ -1,7 +1,7 @@
 """Which models can be cut to half of their MACs: plan, apply, one training step; writes docs/zoo.md.
 
-    python benchmarks/zoo.py                     # all models, a few minutes on one core
-    python benchmarks/zoo.py resnet18 unet       # some of them, printed only
+python benchmarks/zoo.py                     # all models, a few minutes on one core
+python benchmarks/zoo.py resnet18 unet       # some of them, printed only
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_compress import surgery
 from lightning_compress.errors import CompressionError
+from lightning_compress.probe import ExampleCall
 from lightning_compress.pruning.budgets import Budget
 from lightning_compress.pruning.channels import CutPlan, dense_reference, plan_cut
 from lightning_compress.pruning.untouched import tensor_leaves
@@ -91,20 +92,6 @@ class Entry:
 
 
 @dataclass
-class Call:
-    """The example call; a detector gets a list of images, and targets in training mode."""
-
-    args: tuple[Any, ...]
-    training_args: tuple[Any, ...] | None = None
-    module: str = ""
-
-    def run(self, root: nn.Module) -> Any:
-        if root.training and self.training_args is not None:
-            return root(*self.training_args)
-        return root(*self.args)
-
-
-@dataclass
 class Row:
     name: str
     plan: CutPlan | None = None
@@ -136,28 +123,33 @@ def zoo() -> list[Entry]:
     ]  # fmt: skip
 
 
-def call_for(entry: Entry) -> Call:
+def call_for(entry: Entry) -> ExampleCall:
     images = torch.randn(2, 3, entry.size, entry.size, generator=torch.Generator().manual_seed(0))
+    return ExampleCall("", (list(images),) if entry.detection else (images,))
+
+
+def training_args(entry: Entry, call: ExampleCall) -> tuple[Any, ...]:
+    """A detector wants to know the truth in training mode."""
     if not entry.detection:
-        return Call((images,))
-    boxes = torch.tensor([[8.0, 8.0, 60.0, 60.0]])
-    truth = [{"boxes": boxes, "labels": torch.ones(1, dtype=torch.int64)} for _ in images]
-    return Call((list(images),), (list(images), truth))
+        return call.args
+    truth = {"boxes": torch.tensor([[8.0, 8.0, 60.0, 60.0]]), "labels": torch.ones(1, dtype=torch.int64)}
+    return (*call.args, [truth, truth])
 
 
-def count_macs(model: nn.Module, call: Call) -> float:
+def count_macs(model: nn.Module, call: ExampleCall) -> float:
     model.eval()
+    torch.backends.mha.set_fastpath_enabled(False)  # one fused operation that the counter does not know
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         call.run(model)
     return counter.get_total_flops() / 2
 
 
-def train_step(model: nn.Module, call: Call) -> list[str]:
+def train_step(model: nn.Module, args: tuple[Any, ...]) -> list[str]:
     """One step of SGD; returns what went wrong."""
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
     before = [p.detach().clone() for p in model.parameters()]
-    loss = torch.stack([t.float().square().mean() for t in tensor_leaves(call.run(model)) if t.grad_fn]).sum()
+    loss = torch.stack([t.float().square().mean() for t in tensor_leaves(model(*args)) if t.grad_fn]).sum()
     loss.backward()
     optimizer.step()
     still = [n for (n, p), old in zip(model.named_parameters(), before, strict=True) if p.grad is None]
@@ -178,7 +170,7 @@ def examine(entry: Entry) -> Row:
     with surgery.edit(model, [row.plan.edit]):
         pass
     row.measured = count_macs(model, call)
-    row.faults = train_step(model, call)
+    row.faults = train_step(model, training_args(entry, call))
     return row
 
 

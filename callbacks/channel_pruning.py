@@ -141,7 +141,7 @@ class ChannelPruning(CompressionCallback):
             kinds = (_ConvNd, nn.Linear)
             chosen = select(run.pl_module, self.options["targets"], self.options["exclude"], kinds=kinds)
             self._call = examples.example_call(run, self.example_inputs, list(chosen), self.name)
-        return examples.Plain(self._call.to(next(run.pl_module.parameters()).device))  # type: ignore[return-value]
+        return self._call.to(next(run.pl_module.parameters()).device)
 
     def _plan(self, run: Coordinator, call: ExampleCall, target: Budget) -> CutPlan:
         if self._dense is None:

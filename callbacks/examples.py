@@ -114,13 +114,3 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, dict):
         return all(isinstance(k, str) and _is_plain(v) for k, v in value.items())
     return value is None or type(value) in (Tensor, str, int, float, bool)
-
-
-class Plain:
-    def __init__(self, call: ExampleCall) -> None:
-        self.call, self.module = call, call.module
-
-    def run(self, root: Any) -> Any:
-        from lightning_compress.probe import _entry
-
-        return _entry(root, self.module)(*self.call.args, **self.call.kwargs)

@@ -220,7 +220,11 @@ def solve(
         new = _fill(*_bisect(order, supplies, rounding, floors, cost, target), supplies, rounding, floors, cost, target)
         best = new if new.cost > best.cost else best
     for f, supply in enumerate(supplies):
-        if rounding[f] < supply.round_to and best.cut[f] and (supply.width - best.cut[f] * supply.step) % supply.round_to:
+        if (
+            rounding[f] < supply.round_to
+            and best.cut[f]
+            and (supply.width - best.cut[f] * supply.step) % supply.round_to
+        ):
             kept = supply.width - int(best.cut[f]) * supply.step
             notes.append(f"{supply.key}: {kept} channels kept, not a multiple of {supply.round_to}, to meet the target")
     if target - best.cost > tolerance:
@@ -258,7 +262,12 @@ def _rounded(
 
 
 def _cost_at(
-    n: int, order: np.ndarray, supplies: Sequence[Supply], rounding: Sequence[int], floors: Sequence[int], cost: CostModel
+    n: int,
+    order: np.ndarray,
+    supplies: Sequence[Supply],
+    rounding: Sequence[int],
+    floors: Sequence[int],
+    cost: CostModel,
 ) -> float:
     return cost(_rounded(n, order, supplies, rounding, floors))
 

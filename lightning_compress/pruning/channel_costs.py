@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_compress.errors import CompressionError
 from lightning_compress.pruning.budgets import CostModel
-from lightning_compress.pruning.graph import Call, Family
+from lightning_compress.pruning.graph import Call, Family, invoke
 from lightning_compress.pruning.untouched import untouched
 from lightning_compress.targets import get_submodule_clean, named_modules_clean, named_parameters_clean
 
@@ -70,7 +70,7 @@ def measure(model: nn.Module, call: Call) -> Usage:
                 module.register_forward_hook(watch(f"{name}.weight" if name else "weight"), with_kwargs=True)
         with FlopCounterMode(display=False) as counter:
             try:
-                call.run(model)
+                invoke(call, model)
             except Exception as error:
                 raise CompressionError(
                     f"the example call of {call.module or 'the model'!r} fails ({type(error).__name__}: {error}); "
@@ -104,7 +104,9 @@ def cost_model(
         return CostModel(0.0, units, full, np.eye(count), np.zeros((count, count)))
     weights: dict[str, float] = dict(usage.parameters)
     if unit == "macs":
-        weights = {name: times * tensors[name].numel() for name, times in usage.positions.items()}
+        # A computed weight (parametrization) is no tensor of the model; what it costs is part of the constant.
+        positions = {name: times for name, times in usage.positions.items() if name in tensors}
+        weights = {name: times * tensors[name].numel() for name, times in positions.items()}
     total = usage.macs if unit == "macs" else usage.total_parameters
     rows = {name: i for i, name in enumerate(weights)}
     widths = np.ones((len(rows), 2))

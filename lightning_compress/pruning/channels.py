@@ -16,6 +16,7 @@ from lightning_compress.pruning.budgets import TOLERANCE, Budget, DenseReference
 from lightning_compress.pruning.channel_costs import Usage, cost_model, measure
 from lightning_compress.pruning.channel_scores import group_magnitude
 from lightning_compress.pruning.graph import COMPUTED, Call, ChannelGraph, Family, first_names, trace, widths_of
+from lightning_compress.pruning.graph_members import owns_plain_weight
 from lightning_compress.pruning.rehearsal import Rehearsal, new_attributes, removed_by, slices_of
 from lightning_compress.surgery import Edit, Journal, Swap, register, slice_tensors, tensors_by_name
 from lightning_compress.targets import Pattern, named_modules_clean, select
@@ -23,6 +24,7 @@ from lightning_compress.targets import Pattern, named_modules_clean, select
 Scope = Literal["global", "local"]
 KIND = "channels.cut"
 MAX_CUT = 0.9  # of a layer's dense units, in global scope: a layer with a tenth of its width still passes signal
+_ATTEMPTS = 5  # at correcting the cost model by what the rehearsal counted
 _ROUND_FROM, _ROUND_TO = 64, 8  # kernels like multiples of 8; narrow layers have no channel to spare for that
 
 
@@ -130,11 +132,9 @@ def plan_cut(
         >>> from torch import nn
         >>> from lightning_compress.pruning.budgets import Budget
         >>> from lightning_compress.pruning.channels import dense_reference, plan_cut
-        >>> class Call:
-        ...     module = ""
-        ...     def run(self, root): return root(torch.ones(1, 4))
-        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
-        >>> plan = plan_cut(model, Call(), target=Budget(keep_macs=0.5), dense=dense_reference(model, Call()))
+        >>> from lightning_compress.probe import ExampleCall
+        >>> model, call = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), ExampleCall("", (torch.ones(1, 4),))
+        >>> plan = plan_cut(model, call, target=Budget(keep_macs=0.5), dense=dense_reference(model, call))
         >>> plan.widths, plan.reached / plan.dense
         ({'0': (8, 4)}, 0.5)
     """
@@ -153,13 +153,18 @@ def plan_cut(
     rehearsal = Rehearsal(model, call, graph.trains)
     faults = rehearsal.blame(families, [np.arange(1, f.units, 2) for f in families])
     planner = _Planner(model, usage, target, dense, scope, round_to, min_channels)
+    shift, attempts = 0.0, 0
     while True:
         skipped |= {p: faults[f.key] for f in families if f.key in faults for p in f.producers}
         families = [f for f in families if f.key not in faults]
-        solution, units = planner.solve(families, skipped)
+        solution, units = planner.solve(families, skipped, shift)
         faults = rehearsal.blame(families, units)
-        if not faults:
-            return planner.plan(families, units, solution, skipped, graph.notes)
+        if faults:
+            continue
+        macs = rehearsal.macs if solution.cut.any() else usage.macs
+        if attempts == _ATTEMPTS or not planner.misses(solution, macs):
+            return planner.plan(families, units, solution, macs, skipped, graph.notes)
+        shift, attempts = solution.cost - macs, attempts + 1
 
 
 def _refuse(graph: ChannelGraph, chosen: Mapping[str, nn.Module]) -> None:
@@ -170,13 +175,12 @@ def _refuse(graph: ChannelGraph, chosen: Mapping[str, nn.Module]) -> None:
             "checkpointing, torch.no_grad, detach, or an output that is not used); use "
             "checkpoint(use_reentrant=False), or name these layers in exclude="
         )
-    for family in graph.families:
-        computed = family.blocked is not None and family.blocked.endswith(COMPUTED)
-        if computed and all(producer in chosen for producer in family.producers):
-            raise CompressionError(
-                f"the channels of {', '.join(family.producers)} cannot be cut: {family.blocked}; make it permanent "
-                "(torch.nn.utils.parametrize.remove_parametrizations) or name the layers in exclude="
-            )
+    computed = [name for name, module in chosen.items() if not owns_plain_weight(module)]
+    if computed:
+        raise CompressionError(
+            f"the weights of {', '.join(computed)} are {COMPUTED}, so their channels cannot be cut; make them plain "
+            "(torch.nn.utils.parametrize.remove_parametrizations) or name these layers in exclude="
+        )
 
 
 def _skipped(graph: ChannelGraph, chosen: Mapping[str, nn.Module]) -> dict[str, str]:
@@ -194,6 +198,17 @@ def _skipped(graph: ChannelGraph, chosen: Mapping[str, nn.Module]) -> dict[str, 
             for producer in family.producers:
                 skipped.setdefault(producer, reason)
     return skipped
+
+
+def _by_reason(skipped: Mapping[str, str]) -> str:
+    layers: dict[str, list[str]] = {}
+    for layer, reason in skipped.items():
+        layers.setdefault(reason, []).append(layer)
+    parts = [
+        f"{', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''} ({reason})"
+        for reason, names in layers.items()
+    ]
+    return "; ".join(parts) or "nothing"
 
 
 class _Planner:
@@ -214,8 +229,16 @@ class _Planner:
         self._modules = dict(named_modules_clean(model))
         self._tensors, self._aliases = tensors_by_name(model), first_names(model)
 
-    def solve(self, families: Sequence[Family], skipped: Mapping[str, str]) -> tuple[Solution, list[np.ndarray]]:
-        """Number of units to cut from each family, and which: the least important first, ties by index."""
+    def solve(
+        self, families: Sequence[Family], skipped: Mapping[str, str], shift: float
+    ) -> tuple[Solution, list[np.ndarray]]:
+        """Number of units to cut from each family, and which: the least important first, ties by index.
+
+        Args:
+            families: What may be cut.
+            skipped: What may not, and why.
+            shift: How much the cost model was found to overestimate the cost of the last solution.
+        """
         scores = group_magnitude(families, self._modules)
         supplies = [self._supply(family, s) for family, s in zip(families, scores, strict=True)]
         if self._budget.unit == "channels" and self._scope == "local":
@@ -223,8 +246,7 @@ class _Planner:
         else:
             cost = cost_model(self._usage, self._budget.unit, families, self._tensors, self._aliases)
             goal, tolerance = self._goal(supplies)
-            fixed = "; ".join(f"{name}: {why}" for name, why in skipped.items()) or "nothing"
-            solution = solve(supplies, cost, goal, tolerance, self._scope, fixed)
+            solution = solve(supplies, cost, goal + shift, tolerance, self._scope, _by_reason(skipped))
         units = [np.sort(np.argsort(s, kind="stable")[:k]) for s, k in zip(scores, solution.cut, strict=True)]
         return solution, units
 
@@ -258,11 +280,18 @@ class _Planner:
             cut[f] = allowed[np.abs(allowed - wanted).argmin()] if wanted > 0 else 0
         return Solution(cut, float(sum(s.units for s in supplies) - cut.sum()))
 
+    def misses(self, solution: Solution, macs: float) -> bool:
+        """True if the cost model was wrong (a layer applied along channels that were cut) and that matters."""
+        goal, tolerance = self._goal(())
+        right = abs(macs - solution.cost) <= 1e-3 * tolerance
+        return self._budget.unit == "macs" and not right and not goal - tolerance <= macs <= goal
+
     def plan(
         self,
         families: Sequence[Family],
         units: Sequence[np.ndarray],
         solution: Solution,
+        macs: float,
         skipped: dict[str, str],
         notes: list[str],
     ) -> CutPlan:
@@ -271,7 +300,7 @@ class _Planner:
         slices = {name: {str(d): keep for d, keep in dims.items()} for name, dims in slices_of(removed).items()}
         attributes = new_attributes(self._model, removed)
         edit = {"kind": KIND, "slices": slices, "attributes": attributes}
-        after = {unit: self._cost(unit, families, solution) for unit in ("macs", "parameters")}
+        parameters = cost_model(self._usage, "parameters", families, self._tensors, self._aliases)(solution.cut)
         widths = {}
         for layer, before in widths_of(self._model).items():
             values = attributes.get(layer, {})
@@ -282,12 +311,10 @@ class _Planner:
         totals = {"macs": self._dense.macs, "parameters": float(self._dense.parameters)}
         whole = totals.get(self._budget.unit, float(sum(self._dense.units.get(f.key, f.units) for f in families)))
         return CutPlan(
-            edit, self._budget.unit, goal, solution.cost, whole, (self._usage.macs, after["macs"]),
-            (self._usage.total_parameters, round(after["parameters"])), widths, skipped, notes + solution.notes,
+            edit, self._budget.unit, goal, macs if self._budget.unit == "macs" else solution.cost, whole,
+            (self._usage.macs, macs), (self._usage.total_parameters, round(parameters)), widths, skipped,
+            notes + solution.notes,
         )  # fmt: skip
-
-    def _cost(self, unit: str, families: Sequence[Family], solution: Solution) -> float:
-        return cost_model(self._usage, unit, families, self._tensors, self._aliases)(solution.cut)
 
 
 def _apply(root: nn.Module, edit: Edit, journal: Journal) -> list[Swap]:

@@ -10,30 +10,50 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_compress.errors import CompressionError
 from lightning_compress.pruning.graph_members import Side, is_producer, owns_plain_weight, sides_of, unfit_reason
 from lightning_compress.pruning.graph_trace import Axis, Link, Stopped, TensorGraph, Visit, axis_width, links, record
 from lightning_compress.pruning.untouched import untouched
 from lightning_compress.surgery import tensors_by_name
-from lightning_compress.targets import named_modules_clean, named_parameters_clean
+from lightning_compress.targets import get_submodule_clean, named_modules_clean, named_parameters_clean
 
 COMPUTED = "computed (parametrization or hook)"
 
 
 class Call(Protocol):
-    """One example call of a model, as made by `lightning_compress.probe`."""
+    """One example call of a model: a `lightning_compress.probe.ExampleCall`, or anything with these attributes."""
 
-    module: str
+    @property
+    def module(self) -> str:
+        """Clean name of the module that is called; empty for the root."""
 
-    def run(self, root: nn.Module) -> Any:
-        """Call the submodule named `module` with the example arguments."""
+    @property
+    def args(self) -> tuple[Any, ...]:
+        """Positional arguments."""
+
+    @property
+    def kwargs(self) -> Mapping[str, Any]:
+        """Keyword arguments."""
+
+
+def invoke(call: Call, root: nn.Module) -> Any:
+    """Make the call in the modes and with the gradients that are set now (`ExampleCall.run` sets its own).
+
+    Args:
+        call: The call; its tensors are cloned, since the module may write to them.
+        root: The root module.
+    """
+    clone = partial(torch.utils._pytree.tree_map_only, Tensor, lambda t: t.detach().clone())
+    return get_submodule_clean(root, call.module)(*clone(tuple(call.args)), **clone(dict(call.kwargs)))
 
 
 @dataclass(frozen=True)
@@ -123,7 +143,7 @@ def _trace_once(model: nn.Module, call: Call, slots: _Slots, *, evaluate: bool) 
         if parameter.is_floating_point():
             parameter.requires_grad_(True)  # a frozen layer leaves no trace in the autograd graph
     try:
-        graph, ran = record(slots.layers, lambda: call.run(model))
+        graph, ran = record(slots.layers, lambda: invoke(call, model))
     except Exception as error:
         raise CompressionError(
             f"the example call of {call.module or 'the model'!r} fails ({type(error).__name__}: {error}); "

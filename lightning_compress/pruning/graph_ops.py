@@ -103,11 +103,30 @@ def relation(fn: Any, position: int, output: int, dim: int) -> Follow | Stop:
     before, after = input_shape(fn, position), output_shape(fn, output)
     if before is None:
         return Stop()
+    return _rule(fn)(fn, position, output, dim, before, after)
+
+
+def sources(fn: Any, position: int, output: int, dim: int) -> tuple[int, Follow] | Stop:
+    """The inverse of `relation`: which dimension of an input a dimension of the output comes from.
+
+    Returns:
+        The dimension and how it maps, or why there is none (without a reason: the input broadcasts).
+    """
+    shape = input_shape(fn, position)
+    found = [relation(fn, position, output, d) for d in range(len(shape or ()))]
+    for origin, one in enumerate(found):
+        if isinstance(one, Follow) and one.dim == dim:
+            return origin, one
+    rule = _rule(fn)
+    if rule is _multiplied:
+        return Stop()  # it is a dimension of the other operand
+    mixed = any(isinstance(one, Stop) and one.reason is not None for one in found)
+    return Stop() if rule in (_elementwise, _along) and not mixed else Stop(_mixed(fn))
+
+
+def _rule(fn: Any) -> Callable[..., Follow | Stop]:
     name = fn.name().removeprefix("torch::autograd::")
-    for prefixes, rule in _RULES:
-        if name.startswith(prefixes):
-            return rule(fn, position, output, dim, before, after)
-    return _elementwise(fn, position, output, dim, before, after)
+    return next((rule for prefixes, rule in _RULES if name.startswith(prefixes)), _elementwise)
 
 
 def input_shape(fn: Any, position: int) -> Shape | None:
@@ -248,8 +267,18 @@ def _multiplied(fn: Any, position: int, output: int, dim: int, before: Shape, af
 
 
 def _restrided(fn: Any, position: int, output: int, dim: int, before: Shape, after: Shape) -> Follow | Stop:
-    # Pooling in channels-last format ends with one that only sets strides.
-    return _same(dim) if before == after else Stop(_mixed(fn))
+    # Pooling in channels-last format, and any view that was changed in place, end with one that keeps all elements.
+    if math.prod(before) != math.prod(after):
+        return Stop(_mixed(fn))
+    return _viewed(fn, position, output, dim, before, after)
+
+
+def _overwritten(fn: Any, position: int, output: int, dim: int, before: Shape, after: Shape) -> Follow | Stop:
+    """A view was changed in place: the first input is the whole tensor, the others went into the view."""
+    if position == 0:
+        return _same(dim)
+    fits = len(before) == len(after) and before[dim] == after[dim]
+    return _same(dim) if fits else Stop(_mixed(fn))
 
 
 def _refused(fn: Any, position: int, output: int, dim: int, before: Shape, after: Shape) -> Follow | Stop:
@@ -269,6 +298,7 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[..., Follow | Stop]], ...] = (
     (("Softmax", "LogSoftmax", "Cumsum", "Cumprod", "Sort", "Topk", "Roll", "Flip", "Gather", "IndexSelect"), _along),
     (("Mm", "Addmm", "Bmm", "Baddbmm", "Addbmm", "Mv", "Dot"), _multiplied),
     (("AsStrided",), _restrided),
-    (("Convolution", "Scaled", "CopySlices", "NativeLayerNorm", "NativeGroupNorm", "Embedding",
-      "ChannelShuffle", "NativeChannelShuffle", "Repeat", "Fft", "Einsum", "IndexPut", "Scatter"), _refused),
+    (("CopySlices",), _overwritten),
+    (("Convolution", "Scaled", "NativeLayerNorm", "NativeGroupNorm", "Embedding",
+      "ChannelShuffle", "NativeChannelShuffle", "Repeat", "Fft", "Einsum"), _refused),
 )  # fmt: skip

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from lightning_compress.pruning.graph_ops import Follow, Stop, output_shape, relation
+from lightning_compress.pruning.graph_ops import Follow, output_shape, relation, sources
 from lightning_compress.pruning.untouched import tensor_leaves
 
 Key = tuple[Any, int]  # a tensor: the autograd node that made it, and which of its outputs it is
@@ -215,13 +215,12 @@ def _origins(graph: TensorGraph, axis: Axis) -> Iterator[Link | Stopped]:
     for position, (source, number) in enumerate(fn.next_functions):
         if source is None:
             continue
-        found = [relation(fn, position, output, d) for d in range(len(output_shape(source, number)))]
-        matches = [(d, one) for d, one in enumerate(found) if isinstance(one, Follow) and one.dim == dim]
-        if matches:
-            at, new = matches[0][1].up(every)
-            yield Link(axis, ((source, number), matches[0][0]), at, new)
-        elif any(isinstance(one, Stop) and one.reason is not None for one in found):
-            yield Stopped(axis, f"its channels come out of {fn.name().removesuffix('Backward0')}, which mixes them")
+        found = sources(fn, position, output, dim)
+        if isinstance(found, tuple):
+            at, new = found[1].up(every)
+            yield Link(axis, ((source, number), found[0]), at, new)
+        elif found.reason is not None:
+            yield Stopped(axis, found.reason)
 
 
 def _uses(graph: TensorGraph, axis: Axis) -> Iterator[Link | Stopped]:

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_compress.pruning.graph import Call, Family
+from lightning_compress.pruning.graph import Call, Family, invoke
 from lightning_compress.pruning.graph_members import Side, attributes_of, sides_of
 from lightning_compress.pruning.untouched import tensor_leaves, untouched
 from lightning_compress.targets import clean_name
@@ -68,11 +69,15 @@ class Rehearsal:
         model: The model; it is left as it was.
         call: The example call.
         trains: Whether the cut model must also run in its present (training) modes.
+
+    Attributes:
+        macs: Multiply-accumulates of the last cut model that ran, by `torch.utils.flop_counter`.
     """
 
     def __init__(self, model: nn.Module, call: Call, trains: bool) -> None:
         self._model, self._call, self._trains = model, call, trains
         self._dense = self._outputs({}, {})
+        self.macs = 0.0
 
     def fault(self, families: Sequence[Family], chosen: Sequence[np.ndarray]) -> str | None:
         """Why this cut is wrong, or ``None`` if the example call proves nothing against it."""
@@ -81,15 +86,17 @@ class Rehearsal:
             return None
         slices, attributes = slices_of(removed), new_attributes(self._model, removed)
         try:
-            cut = self._outputs(slices, attributes)
+            with FlopCounterMode(display=False) as counter:
+                cut = self._outputs(slices, attributes)
+            self.macs = counter.get_total_flops() / 2
             if self._trains:
                 self._outputs(slices, attributes, evaluate=False)
         except Exception as error:  # whatever the user's forward raises is the verdict on this cut
             text = " ".join(str(error).split())
             return f"the example call fails without its channels ({type(error).__name__}: {text[:160]})"
-        if [t.shape for t in cut] != [t.shape for t in self._dense]:
-            return "the outputs of the example call change shape without its channels"
         deaf = self._outputs({}, {}, deaf=removed)
+        if [t.shape for t in cut] != [t.shape for t in deaf]:
+            return "the outputs of the example call change shape without its channels"
         return _disagreement(cut, deaf, self._dense)
 
     def blame(self, families: Sequence[Family], chosen: Sequence[np.ndarray]) -> dict[str, str]:
@@ -123,7 +130,7 @@ class Rehearsal:
             _replace(self._model, slices, attributes)
             torch.manual_seed(0)
             with _PartialLayerNorm(kept_rows):
-                return [t.detach().clone() for t in tensor_leaves(self._call.run(self._model))]
+                return [t.detach().clone() for t in tensor_leaves(invoke(self._call, self._model))]
 
 
 def _holders(model: nn.Module) -> dict[str, tuple[Tensor, list[tuple[dict[str, Any], str]]]]:
@@ -192,14 +199,16 @@ class _PartialLayerNorm(TorchFunctionMode):
             if keep is not None and len(call["normalized_shape"]) == 1:
                 x, keep = call["input"], keep.to(call["input"].device)
                 small = {k: call[k].index_select(0, keep) for k in ("weight", "bias") if call.get(k) is not None}
-                y = func(x.index_select(-1, keep), [len(keep)], **small, **({"eps": call["eps"]} if "eps" in call else {}))
+                y = func(
+                    x.index_select(-1, keep), [len(keep)], **small, **({"eps": call["eps"]} if "eps" in call else {})
+                )
                 return torch.zeros_like(x).index_copy_(-1, keep, y.to(x.dtype))
         return func(*args, **kwargs)
 
 
 def _disagreement(cut: Sequence[Tensor], deaf: Sequence[Tensor], dense: Sequence[Tensor]) -> str | None:
-    for small, silent, whole in zip(cut, deaf, dense, strict=True):
-        if small.shape != silent.shape or not whole.is_floating_point() or not whole.numel():
+    for small, silent, whole in zip(cut, deaf, dense, strict=False):
+        if silent.shape != whole.shape or not whole.is_floating_point() or not whole.numel():
             continue
         a, b, c = small.double(), silent.double(), whole.double()
         if not (a.isfinite().all() and b.isfinite().all()):

@@ -42,7 +42,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
     modules = list(model.modules())
     attributes = [(module, _shallow(vars(module))) for module in modules]
     flags = [(p, p.requires_grad) for p in model.parameters()]
-    buffers = [(b, b._version, b.detach().clone()) for b in model.buffers()]
+    buffers = [(b, b.detach().clone()) for b in model.buffers()]
     generators = (random.getstate(), np.random.get_state())
     cuda = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     fast_path = torch.backends.mha.get_fastpath_enabled()
@@ -58,10 +58,9 @@ def untouched(model: nn.Module) -> Iterator[None]:
             _restore(vars(module), saved)
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
-        for buffer, version, value in buffers:
-            if buffer._version != version:
-                with torch.no_grad():
-                    buffer.copy_(value)
+        with torch.no_grad():
+            for buffer, value in buffers:  # always: batch normalisation writes its statistics without counting versions
+                buffer.copy_(value)
 
 
 @contextmanager
