@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from lightning_compress.callbacks.coordinator import Coordinator
     from lightning_compress.callbacks.events import EventRecord
-    from lightning_compress.surgery import Follower
+    from lightning_compress.surgery import Edit, Follower, Journal, Swap
 
 # The order in which techniques act at one moment, whatever the order of the Trainer's list.
 STRUCTURE, MASKS, FAKE_QUANT, DISTILLATION, AUDIT, REPORT = range(6)
@@ -72,6 +72,22 @@ class CompressionCallback(L.Callback):
     def followers(self, run: Coordinator) -> Sequence[Follower]:
         """What has to follow structural edits."""
         return ()
+
+    def helper_edits(self, run: Coordinator, swaps: Sequence[Swap], journal: Journal) -> Sequence[Edit]:
+        """Edits of modules that exist only during training (``_lc_*``), made necessary by a structural edit.
+
+        Args:
+            run: The coordinator.
+            swaps: What the edit replaced; it was made already.
+            journal: Records how to undo what this method changes itself.
+
+        Raises:
+            CompressionError: If they cannot follow; the edit is then undone.
+        """
+        return ()
+
+    def before_tuning(self, run: Coordinator) -> None:
+        """A tuner such as LearningRateFinder is about to train, before `start`; make the loss computable."""
 
     def start(self, run: Coordinator) -> None:
         """Everything is restored and training begins."""
@@ -157,7 +173,7 @@ class CompressionCallback(L.Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """See `lightning.Callback.on_exception`; Lightning does not call `teardown` after an exception."""
-        self._lead(trainer, "close")
+        self._lead(trainer, "fail")
 
     def _lead(self, trainer: Trainer, hook: str, *args: Any) -> None:
         # The first of our callbacks in the list runs the hook for all of ours.

@@ -15,13 +15,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
@@ -61,7 +61,7 @@ class Coordinator:
         self.stage = stage
         self.adapter = StrategyAdapter(trainer)
         self.techniques = sorted(self._ours(), key=lambda callback: callback.order)
-        self.pipeline = StepPipeline(step_of=lambda: self.step)
+        self.pipeline = StepPipeline(step_of=self._clock)
         self.masking = Masking(trainer, pl_module, self.adapter, pl_module.__dict__.get(MASKS, {}))
         self.decisions = Decisions()
         self.batches = 0
@@ -71,7 +71,9 @@ class Coordinator:
         self._handles: list[Any] = []
         self._materialized = False
         self._stepped = True
+        self._started = self._tuning = False
         self._held = interplay.HeldEarlyStopping(trainer)
+        self._setup: surgery.Journal | None = surgery.Journal()  # how to undo what was done before training began
         self.closed = False
 
     # ------------------------------------------------------------------------------------------------------ lifetime
@@ -114,13 +116,17 @@ class Coordinator:
                 if not self.continues:
                     for technique in self.techniques:
                         technique.reset()
-                interplay.check(self)
-                for technique in self.techniques:
-                    technique.check(self)
+                self.adapter.in_step(self._check)
         except BaseException:
             self.close()
             raise
         self.add_hook(SetupHook(self.pl_module, "setup", self))
+
+    def _check(self) -> None:
+        interplay.check(self)
+        interplay.check_values(self)
+        for technique in self.techniques:
+            technique.check(self)
 
     def add_hook(self, hook: _Hook) -> None:
         """Install a hook that is removed when the run is closed."""
@@ -133,27 +139,29 @@ class Coordinator:
             return
         self._materialized = True
         before = len(manifest.edits_of(self.pl_module))
+        self.adapter.in_step(lambda: interplay.check_values(self))
         if self.stage == "fit" and any(t.needs_unedited_copy() for t in self.techniques):
             self.unedited = self._copy_of_module()
         path = requested_checkpoint(self.trainer)
         path = self.adapter.broadcast(path)
         if path is not None:
-            self._refuse_sharded_edits(path)
-            manifest.replay(self.pl_module, manifest.read(path))
+            self.adapter.in_step(lambda: self._replay(path))
         if self.stage == "fit":
             for technique in self.techniques:
                 technique.at_setup(self)
         if len(manifest.edits_of(self.pl_module)) != before:
             interplay.rebuild_averages(self)
 
-    def _refuse_sharded_edits(self, path: str) -> None:
-        recorded = (manifest.read(path) or {}).get("edits", [])
+    def _replay(self, path: str) -> None:
+        found = manifest.read(path) or {}
+        recorded = found.get("edits", [])
         sharded = any(hasattr(p, "device_mesh") for p in self.pl_module.parameters())
         if sharded and len(recorded) > len(manifest.edits_of(self.pl_module)):
             raise CompressionError(
                 "the model was sharded in `configure_model` before the structure of the checkpoint could be restored; "
                 "call `lightning_compress.materialize(self.model)` right before `fully_shard`"
             )
+        manifest.replay(self.pl_module, found, self._setup)
 
     def _copy_of_module(self) -> LightningModule:
         module = copy.deepcopy(self.pl_module)
@@ -167,25 +175,43 @@ class Coordinator:
         """Wrap the training step, now that all layers exist and before any forward pass."""
         if self.stage != "fit":
             return
-        for technique in self.techniques:
-            technique.attach(self)
+        known = dict(self.pl_module._modules)
+        if self._setup is not None:
+            self._setup.on_undo(lambda: _only(self.pl_module._modules, known))
+        self.adapter.in_step(self._attach)
         self.adapter.shard_helpers(self.pl_module, [m for n, m in self._helpers()])
         if self.pipeline.sources or self.pipeline.gradient_terms:
             self.pipeline.install(self.pl_module)
             interplay.rebuild_averages(self)
+
+    def _attach(self) -> None:
+        for technique in self.techniques:
+            technique.attach(self)
+
+    def fail(self) -> None:
+        """Close after an exception; before training began, the model's structure becomes what it was."""
+        if not self.closed and self._setup is not None and not self.adapter.is_sharded:
+            self.masking.detach_soft()  # from the layers of now
+            self._setup.undo()
+            self.masking.packed = dict(self.pl_module.__dict__.get(MASKS, {}))
+        self.close()
 
     def close(self) -> None:
         """Undo what was put on the module; the manifest and its two hooks stay on a changed one. Idempotent."""
         if self.closed:
             return
         self.closed = True
-        self._held.release()
-        for handle in self._handles:
-            handle.remove()
-        self.pipeline.uninstall()
-        self.masking.detach_soft()
-        for technique in self.techniques:
-            technique.close(self)
+        with contextlib.ExitStack() as last_first:  # one that fails does not keep the others from being undone
+            last_first.callback(self._take_off_hooks)
+            for technique in self.techniques:
+                last_first.callback(technique.close, self)
+            last_first.callback(self.masking.detach_soft)
+            last_first.callback(self.pipeline.uninstall)
+            for handle in self._handles:
+                last_first.callback(handle.remove)
+            last_first.callback(self._held.release)
+
+    def _take_off_hooks(self) -> None:
         changed = bool(manifest.edits_of(self.pl_module)) or bool(self.masking.packed)
         for hook in reversed(self._hooks):
             hook.remove()
@@ -213,7 +239,8 @@ class Coordinator:
                     "setup; set `trainer.ckpt_path = path` before `fit`, or pass ckpt_path= to it"
                 )
         else:
-            manifest.replay(self.pl_module, recorded)
+            manifest.replay(self.pl_module, recorded, self._setup)
+            manifest.check_masks(self.pl_module, recorded)
         self.masking.packed = dict(recorded.get("masks") or {})
         own = {k: v for k, v in self.pl_module.state_dict().items() if k not in manifest.without_auxiliary({k: v})}
         for key in ("state_dict", "current_model_state"):
@@ -254,9 +281,7 @@ class Coordinator:
     def total_steps(self) -> float | None:
         """How many steps the fit will make, or ``None``; known from ``on_train_start`` on."""
         if self.pl_module.automatic_optimization:
-            with contextlib.suppress(MisconfigurationException):  # accumulation that changes over time: unknown
-                return self.trainer.estimated_stepping_batches
-            return None
+            return interplay.total_steps(self.trainer)
         epochs, batches = self.trainer.max_epochs, self.trainer.num_training_batches
         return epochs * batches if epochs is not None and epochs > 0 else None
 
@@ -266,8 +291,8 @@ class Coordinator:
         batches: float = self.trainer.num_training_batches
         if not math.isfinite(batches):
             return None
-        accumulate = self.trainer.accumulate_grad_batches if self.pl_module.automatic_optimization else 1
-        return math.ceil(batches / accumulate)
+        accumulate = interplay.accumulation(self.trainer) if self.pl_module.automatic_optimization else 1
+        return None if accumulate is None else math.ceil(batches / accumulate)
 
     @property
     def is_trial(self) -> bool:
@@ -302,6 +327,17 @@ class Coordinator:
         self.masking.install()
         for optimizer in self.trainer.optimizers:
             self._handles.append(optimizer.register_step_post_hook(self._after_optimizer_step))
+        self._started = True
+        self._resolve_terms()
+        for technique in self.techniques:
+            if technique.schedule is not None and technique.resolved is None:
+                technique.resolved = self.resolve(technique.schedule)
+            technique.start(self)
+        self._setup = None  # from here on a failure leaves the model as it was before the last step, not before the fit
+        self._share()
+        self._hold_early_stopping()
+
+    def _resolve_terms(self) -> None:
         for source in self.pipeline.sources:
             resolvables: list[Any] = [source, *source.terms]
             for resolvable in resolvables:
@@ -309,12 +345,17 @@ class Coordinator:
                     self.total_steps, self.steps_per_epoch, self.is_trial,
                     self.decisions.of(source.name),
                 )  # fmt: skip
-        for technique in self.techniques:
-            if technique.schedule is not None and technique.resolved is None:
-                technique.resolved = self.resolve(technique.schedule)
-            technique.start(self)
-        self._share()
-        self._hold_early_stopping()
+
+    def _clock(self) -> int:
+        """The step for loss terms: a tuner trains in ``on_fit_start``, and has to see the loss of the first step."""
+        if self._started:
+            return self.step
+        if not self._tuning:
+            self._tuning = True
+            self._resolve_terms()
+            for technique in self.techniques:
+                technique.before_tuning(self)
+        return 0
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Run the events that are due, if no gradients are being accumulated."""
@@ -342,9 +383,21 @@ class Coordinator:
         if technique.resolved is None:
             return
         due = technique.resolved.due(step, technique.done, self.decisions.of(technique.name))
-        if due:
-            technique.event(self, step)  # the value of the last one covers all that are due
+        if not due:
+            return
+        with deferred_signals():  # nobody may see the change without the record that it was made
+            before = self._changes
+            try:
+                technique.event(self, step)  # the value of the last one covers all that are due
+            except BaseException:
+                if self._changes != before:  # it failed after the change, which must not be made again
+                    technique.done += due
+                raise
             technique.done += due
+
+    @property
+    def _changes(self) -> tuple[int, int]:
+        return self.edits, self.masking.commits
 
     def _after_optimizer_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._stepped = True
@@ -354,7 +407,7 @@ class Coordinator:
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Gradient terms, then what techniques do to gradients."""
         if self.pipeline.gradient_terms:
-            self.pipeline.before_optimizer_step(self.adapter.parameters(self.pl_module), self.step)
+            self.pipeline.before_optimizer_step(self.adapter.parameters(self.pl_module), optimizer)
         for technique in self.techniques:
             technique.before_optimizer_step(self, optimizer)
 
@@ -424,15 +477,17 @@ class Coordinator:
             CompressionError: On all ranks together, with the model as it was.
         """
         self.adapter.agree(list(edits), f"the edits of {technique}")
-        journal = surgery.Journal()
+        journal = surgery.Journal() if self._setup is None else self._setup
         old = dict(self.pl_module.named_parameters())
         wrapped = self._materialized and self.trainer.strategy.model is not None and bool(self.trainer.optimizers)
-        with self.transaction(edits, journal, rewrap=wrapped) as transaction:
+        with self.adapter.all_or_none() as others, self.transaction(edits, journal, rewrap=wrapped) as transaction:
+            others()
             manifest.record(self.pl_module, edits, journal)
+            helpers = self._edit_helpers(transaction, journal)
             if wrapped:
-                self._follow_up(edits, journal)
-        if len(self.masking):
-            self.masking.repack()
+                self._follow_up(edits, helpers, transaction.swaps, journal)
+            if len(self.masking):
+                self.masking.repack(journal)
         for holder in interplay.holders(self.pl_module, self.trainer, old) if wrapped else ():
             rank_zero_warn(
                 f"{holder} still refers to parameters that were replaced; if it trains or decays them, let it look "
@@ -440,13 +495,29 @@ class Coordinator:
             )
         return transaction
 
-    def _follow_up(self, edits: Sequence[surgery.Edit], journal: surgery.Journal) -> None:
+    def _edit_helpers(self, transaction: surgery.Transaction, journal: surgery.Journal) -> list[surgery.Edit]:
+        """Let modules that exist only during training follow; that is not recorded, since no file has them."""
+        edits = [e for t in self.techniques for e in t.helper_edits(self, transaction.swaps, journal)]
+        with surgery.edit(self.pl_module, edits, self.trainer.optimizers, journal=journal) as more:
+            transaction.swaps += more.swaps
+            transaction.notes += more.notes
+        return edits
+
+    def _follow_up(
+        self,
+        edits: Sequence[surgery.Edit],
+        helpers: Sequence[surgery.Edit],
+        swaps: Sequence[surgery.Swap],
+        journal: surgery.Journal,
+    ) -> None:
         for average in interplay.averages(self.trainer):
-            for one in edits:
+            for one in (*edits, *helpers):
                 surgery.apply_edit(average, one, journal)
             manifest.record(average, edits, journal)
+        interplay.follow_finetuning(self.trainer, swaps, journal)
         self.adapter.rewrap()
-        torch._dynamo.reset()
+        if "torch._dynamo" in sys.modules:  # otherwise nothing was compiled, and importing it takes seconds
+            torch._dynamo.reset()
 
     def emit(self, record: EventRecord) -> None:
         """Tell every technique, on every rank, of an event."""
@@ -458,6 +529,11 @@ class Coordinator:
         """Seconds since the block was entered."""
         begin = time.perf_counter()
         yield lambda: time.perf_counter() - begin
+
+
+def _only(modules: dict[str, nn.Module | None], known: dict[str, nn.Module | None]) -> None:
+    for name in set(modules) - set(known):
+        del modules[name]
 
 
 def _children(run: Coordinator, name: str) -> list[nn.Parameter]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_compress import manifest
 from lightning_compress.callbacks.base import DISTILLATION, CompressionCallback
@@ -16,11 +16,13 @@ from lightning_compress.distillation.losses import KD
 from lightning_compress.distillation.source import TapSource
 from lightning_compress.distillation.teachers import Teacher, find_student_module, resolve_teacher_module
 from lightning_compress.errors import CompressionError
+from lightning_compress.probe import ExampleCall, from_example_inputs, map_tensors
 from lightning_compress.schedule import Scheduled
-from lightning_compress.terms import LossTerm
+from lightning_compress.terms import LossTerm, Shapes, child_name
 
 if TYPE_CHECKING:
     from lightning_compress.callbacks.coordinator import Coordinator
+    from lightning_compress.surgery import Edit, Follower, Journal, Swap
 
 
 class Distillation(CompressionCallback):
@@ -82,6 +84,7 @@ class Distillation(CompressionCallback):
         """See `CompressionCallback.reset`."""
         super().reset()
         self._handle: Teacher | None = None
+        self._shapes: Shapes | None = None
         self._root: nn.Module | None = None
         self._fingerprint: str | None = None
         self._restored: Mapping[str, Any] | None = None
@@ -122,8 +125,8 @@ class Distillation(CompressionCallback):
         source = TapSource(self.name, student, self.losses, self._handle, self.task_weight)
         run.pipeline.add(source)
         if any(type(term).build is not LossTerm.build for term in self.losses):
-            shapes = source.measure(lambda: _call(student, self._example(run)))
-            run.pipeline.attach(source, run.pl_module, shapes)
+            self._shapes = self._measure(run, source)
+            run.pipeline.attach(source, run.pl_module, self._shapes)
 
     def _build(self, run: Coordinator) -> nn.Module:
         if isinstance(self.teacher, nn.Module):
@@ -157,14 +160,54 @@ class Distillation(CompressionCallback):
             )
         return example
 
+    def _measure(self, run: Coordinator, source: TapSource) -> Shapes:
+        student = source.taps.root
+        like = next(student.parameters())
+        call = from_example_inputs(self._example(run)).to(like.device)
+        if like.dtype != torch.float32:  # bf16-true and the like
+
+            def cast(tensor: Tensor) -> Tensor:
+                return tensor.to(like.dtype) if tensor.is_floating_point() else tensor
+
+            call = ExampleCall(call.module, map_tensors(call.args, cast), map_tensors(call.kwargs, cast))
+        return source.measure(lambda: call.run(student))
+
+    def followers(self, run: Coordinator) -> Sequence[Follower]:
+        """Taps follow modules that are replaced."""
+        return [source for source in run.pipeline.sources if source.name == self.name]  # type: ignore[misc]
+
+    def helper_edits(self, run: Coordinator, swaps: Sequence[Swap], journal: Journal) -> Sequence[Edit]:
+        """Projectors follow the features that they are fed with, or the edit is refused."""
+        before = self._shapes
+        source = next((s for s in run.pipeline.sources if s.name == self.name), None)
+        if before is None or not isinstance(source, TapSource):
+            return ()
+        after = self._measure(run, source)
+        journal.set_attribute(self, "_shapes", after)
+        edits: list[Edit] = []
+        for term in self.losses:
+            child = child_name(source, term)
+            changed = any(before.student[spec] != after.student[spec] for spec in term.taps().student)
+            if changed and run.pl_module._modules.get(child) is not None:
+                edits += term.follow(child, swaps, after)
+        return edits
+
+    def before_tuning(self, run: Coordinator) -> None:
+        """See `CompressionCallback.before_tuning`."""
+        self._place(run)
+
+    def _place(self, run: Coordinator) -> None:
+        assert self._handle is not None
+        double = any(p.dtype == torch.float64 for p in run.pl_module.parameters())
+        self._handle.to(run.adapter.device, torch.float64 if double else None)
+
     def start(self, run: Coordinator) -> None:
         """Everything is restored: fill an initial teacher, check that a resumed one is the same, place it."""
         assert self._handle is not None
         assert self._root is not None
         if self.is_initial:
             self._fill_initial(run)
-        double = any(p.dtype == torch.float64 for p in run.pl_module.parameters())
-        self._handle.to(run.adapter.device, torch.float64 if double else None)
+        self._place(run)
         fingerprint = self._handle.fingerprint()
         run.adapter.agree(fingerprint, f"the teacher of {self.name}")
         if self._fingerprint not in (None, fingerprint) and not self.allow_teacher_change:
@@ -214,9 +257,3 @@ class Distillation(CompressionCallback):
         super().load_state_dict(state_dict)
         self._fingerprint = state_dict.get("fingerprint")
         self._restored = state_dict.get("teacher")
-
-
-def _call(student: nn.Module, example: Any) -> object:
-    if isinstance(example, Mapping):
-        return student(**example)
-    return student(*example) if isinstance(example, (tuple, list)) else student(example)

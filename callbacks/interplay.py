@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from lightning import LightningModule, Trainer
 
     from lightning_compress.callbacks.coordinator import Coordinator
+    from lightning_compress.surgery import Journal, Swap
 
 
 def _named(trainer: Trainer, class_name: str) -> list[Any]:
@@ -29,6 +31,13 @@ def check(run: Coordinator) -> None:
     Raises:
         CompressionError: With the reason and the way out.
     """
+    names = [technique.name for technique in run.techniques]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise CompressionError(
+            f"{names.count(twice)} compression callbacks are named {twice!r}, and logs, checkpoints and decisions are "
+            "kept by name; give each its own with name="
+        )
     structural = [t.name for t in run.techniques if t.changes_structure]
     if structural and _named(run.trainer, "StochasticWeightAveraging"):
         raise CompressionError(
@@ -43,12 +52,59 @@ def check(run: Coordinator) -> None:
         )
 
 
+def check_values(run: Coordinator) -> None:
+    """Refuse to work on parameters that have no values yet.
+
+    Raises:
+        CompressionError: If a parameter is on the meta device and the technique, or the strategy, needs its values.
+    """
+    meta = next((name for name, p in run.pl_module.named_parameters() if p.is_meta), None)
+    early = [t.name for t in run.techniques if t.changes_structure and t.schedule is None]
+    early += [t.name for t in run.techniques if t.needs_unedited_copy()]
+    if meta is None or run.stage != "fit" or (run.adapter.is_sharded and not early):
+        return
+    raise CompressionError(
+        f"parameter {meta!r} is on the meta device, so it has no values that {', '.join(early) or 'a fit'} could work "
+        f"with; build the module on a real device (or load weights into it) before `fit`"
+    )
+
+
+# ----------------------------------------------------------------------------------------------------- length of a run
+def accumulation(trainer: Trainer) -> int | None:
+    """Batches in one optimizer step of this fit; ``None`` if that changes from epoch to epoch."""
+    last = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs
+    factors = {
+        factor for callback in _named(trainer, "GradientAccumulationScheduler")
+        for epoch, factor in callback.scheduling.items() if epoch < last
+    }  # fmt: skip
+    if not factors:
+        return trainer.accumulate_grad_batches
+    return factors.pop() if len(factors) == 1 else None
+
+
+def total_steps(trainer: Trainer) -> float | None:
+    """Optimizer steps of the fit, or ``None``; `estimated_stepping_batches` knows nothing of changing accumulation."""
+    factor, batches = accumulation(trainer), trainer.num_training_batches
+    if factor is None:
+        return None
+    if factor == trainer.accumulate_grad_batches or not math.isfinite(batches) or trainer.max_epochs in (None, -1):
+        return trainer.estimated_stepping_batches
+    steps = math.ceil(batches / factor) * max(trainer.max_epochs or 1, 1)
+    return steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
+
+
 # -------------------------------------------------------------------------------------------------------- averaging
 def averages(trainer: Trainer) -> Iterator[nn.Module]:
-    """The averaged copies that Lightning's averaging callbacks keep."""
+    """The averaged copies that Lightning's averaging callbacks keep.
+
+    Copies of StochasticWeightAveraging need masks too; structural edits never get there, they are refused.
+    """
     for callback in _named(trainer, "WeightAveraging"):
         if callback._average_model is not None:
             yield callback._average_model.module
+    for callback in _named(trainer, "StochasticWeightAveraging"):
+        if callback._average_model is not None:
+            yield callback._average_model
 
 
 def rebuild_averages(run: Coordinator) -> None:
@@ -63,14 +119,40 @@ def rebuild_averages(run: Coordinator) -> None:
             callback._average_model = AveragedModel(
                 run.pl_module, device=device, use_buffers=callback._use_buffers, **callback._kwargs
             )
+    for callback in _named(run.trainer, "StochasticWeightAveraging"):
+        if callback._average_model is not None:
+            callback._average_model = copy.deepcopy(run.pl_module)
+
+
+# ------------------------------------------------------------------------------------------------------- finetuning
+def follow_finetuning(trainer: Trainer, swaps: Sequence[Swap], journal: Journal) -> None:
+    """Tell BaseFinetuning new names: it rebuilds the optimizers' groups by name when a fit is resumed."""
+    names = {swap.name: [new.name for new in swap.new] for swap in swaps}
+    for callback in _named(trainer, "BaseFinetuning"):
+        for groups in callback._internal_optimizer_metadata.values():
+            for group in groups:
+                params = [new for old in group["params"] for new in names.get(old, [old])]
+                if params != group["params"]:
+                    journal.set_item(group, "params", params)
 
 
 # --------------------------------------------------------------------------------------------------------- monitors
 class _Held:
-    """Stands in for ``EarlyStopping._should_skip_check``: skips every check."""
+    """Stands in for ``EarlyStopping._should_skip_check`` and skips every check; a copy of it skips none.
+
+    Args:
+        callback: The EarlyStopping callback.
+    """
+
+    def __init__(self, callback: Any) -> None:
+        self.callback = callback
+        self.holding = True
 
     def __call__(self, trainer: Trainer) -> bool:
-        return True
+        return self.holding or bool(type(self.callback)._should_skip_check(self.callback, trainer))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "holding": False}
 
 
 class HeldEarlyStopping:
@@ -94,7 +176,7 @@ class HeldEarlyStopping:
         self._holding = on
         for callback in _named(self.trainer, "EarlyStopping"):
             if on:
-                callback.__dict__["_should_skip_check"] = _Held()
+                callback.__dict__["_should_skip_check"] = _Held(callback)
             else:
                 callback.__dict__.pop("_should_skip_check", None)
 

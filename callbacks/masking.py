@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_compress import layers
 from lightning_compress.callbacks import interplay
+from lightning_compress.callbacks.signals import deferred_signals
 from lightning_compress.pruning.masks import TRANSFORM, MaskStore, SoftMask
 from lightning_compress.pruning.packing import pack, unpack
 from lightning_compress.targets import clean_name
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from lightning import LightningModule, Trainer
 
     from lightning_compress.callbacks.strategies import StrategyAdapter
+    from lightning_compress.surgery import Journal
 
 
 class Masking:
@@ -36,6 +38,7 @@ class Masking:
         self.trainer, self.pl_module, self.adapter = trainer, pl_module, adapter
         self.store = MaskStore()
         self.packed: dict[str, Any] = dict(packed)
+        self.commits = 0
 
     def __len__(self) -> int:
         return len(self.store)
@@ -79,18 +82,24 @@ class Masking:
         full = {**whole, **self.adapter.gather(self.pl_module, missing)}
         packed = {name: pack(full[name]) for name in local}
         self.adapter.agree(packed, f"the masks of {technique}")
+        with deferred_signals():
+            self._put(local, full, packed)
+
+    def _put(self, local: Mapping[str, Tensor], full: Mapping[str, Tensor], packed: Mapping[str, Any]) -> None:
         for name, mask in local.items():
             self.store.set(name, mask, full[name])
-        self.packed.update(packed)
+        self.packed = {**self.packed, **packed}
+        self.commits += 1
         parameters = self.adapter.parameters(self.pl_module)
         self.store.zero_momentum(self.trainer.optimizers, parameters)
         self.apply()
         for average in interplay.averages(self.trainer):
             self.store.apply_to({clean_name(n): p.detach() for n, p in average.named_parameters()})
 
-    def repack(self) -> None:
+    def repack(self, journal: Journal) -> None:
         """Bring the packed masks up to date after an edit."""
-        self.packed = self.store.packed(lambda local: self.adapter.gather(self.pl_module, local))
+        packed = self.store.packed(lambda local: self.adapter.gather(self.pl_module, local))
+        journal.set_attribute(self, "packed", packed)
 
     def apply(self) -> None:
         """Zero the masked weights of the model."""

@@ -133,6 +133,9 @@ class Pruning(CompressionCallback):
     def event(self, run: Coordinator, step: int) -> None:
         """Mask anew for the sparsity of this step."""
         assert self.resolved is not None
+        if self.mode == "soft":  # layers that an edit brought are as new to masks as all were at setup
+            soft = run.masking.store.soft
+            run.masking.attach_soft({n: m for n, m in self._layers(run).items() if n not in soft})
         self._mask(run, step, self.resolved.value(step, 0.0, self.sparsity, run.decisions.of(self.name)))
 
     def boundary(self, run: Coordinator, step: int) -> None:

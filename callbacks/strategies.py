@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -180,15 +180,53 @@ class StrategyAdapter:
         if self.world_size == 1:
             return function()
         outcome: tuple[bool, Any] = (True, None)
+        failed: Exception | None = None
         if self.trainer.global_rank == 0:
             try:
                 outcome = (True, function())
-            except CompressionError as error:
-                outcome = (False, str(error))
+            except Exception as error:  # raised below, after the other ranks were told
+                failed = error
+                own = str(error) if isinstance(error, CompressionError) else f"{type(error).__name__}: {error}"
+                outcome = (False, own)
         done, value = self.broadcast(outcome)
+        if failed is not None:
+            raise failed
         if not done:
             raise CompressionError(value)
         return value  # type: ignore[no-any-return]
+
+    def in_step(self, function: Callable[[], T]) -> T:
+        """Run something on every rank; if it raises on any, all ranks raise, and none waits for another in vain.
+
+        Raises:
+            CompressionError: Where it went well, if it raised on another rank.
+        """
+        with self.all_or_none() as others:
+            value = function()
+            others()
+        return value
+
+    @contextmanager
+    def all_or_none(self) -> Iterator[Callable[[], None]]:
+        """A block whose first part may fail on some ranks; it ends with the call of what the block is given.
+
+        Raises:
+            CompressionError: In that call, if the first part raised on another rank.
+        """
+        met = False
+
+        def meet(problem: str | None = None) -> None:
+            nonlocal met
+            met = True
+            self.together(problem)
+
+        try:
+            yield meet
+        except Exception as error:
+            if not met and self.world_size > 1:
+                with suppress(CompressionError):  # the error itself says more
+                    meet(str(error))
+            raise
 
     def agree(self, data: Any, what: str) -> None:
         """Check with one small collective that every rank wants the same; all ranks raise together if not.
@@ -217,7 +255,9 @@ class StrategyAdapter:
             bad = torch.tensor([-1 if problem is None else self.trainer.global_rank], device=self.device)
             dist.all_reduce(bad, op=dist.ReduceOp.MAX)
             if problem is None and int(bad) >= 0:
-                problem = f"rank {int(bad)} failed; see its message"
+                problem = (
+                    f"rank {int(bad)} failed, so nothing was done on this rank either; see the message of that one"
+                )
         if problem is not None:
             raise CompressionError(problem)
 

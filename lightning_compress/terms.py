@@ -12,13 +12,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from torch import Tensor, nn
 
 from lightning_compress.decisions import Decisions
 from lightning_compress.errors import CompressionError
 from lightning_compress.schedule import Scheduled
+
+if TYPE_CHECKING:
+    from lightning_compress.surgery import Edit, Swap
 
 PREFIX = "_lc_"
 """Names of modules that we add to the user's module start with this."""
@@ -155,6 +158,25 @@ class LossTerm(Resolvable):
     def build(self, shapes: Shapes) -> nn.Module | None:
         """Make the module whose parameters the term trains (a projector, say), or None; see `StepPipeline.attach`."""
         return None
+
+    def follow(self, child: str, swaps: Sequence[Swap], shapes: Shapes) -> list[Edit]:
+        """Return edits that fit the owned module to a student whose watched features changed their shape.
+
+        Asked only when that happens. They are made in the same transaction, carry the optimizer's state, and are not
+        recorded, since the module exists only during training.
+
+        Args:
+            child: Clean name of the owned module.
+            swaps: What was replaced in the student.
+            shapes: What the taps see now.
+
+        Raises:
+            CompressionError: By default: a term that owns a module has to say how it follows.
+        """
+        raise CompressionError(
+            f"Loss term {self.name!r} owns the module {child!r}, sized to features whose shape this edit changes. "
+            "Exclude the layers that it watches from the edit (exclude=...), or watch others."
+        )
 
     def compute(self, student: Records, teacher: Records, step: int) -> Tensor:
         """Return the scalar of this step, not weighted; average over the calls."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,11 @@ from lightning_compress.distillation.taps import Call, TapSet, tensors_in
 from lightning_compress.distillation.teachers import Teacher
 from lightning_compress.errors import CompressionError
 from lightning_compress.schedule import Scheduled
+from lightning_compress.targets import get_submodule_clean
 from lightning_compress.terms import LossTerm, Records, Resolvable, Shapes, TapSpec, non_negative
+
+if TYPE_CHECKING:
+    from lightning_compress.surgery import Journal, Swap
 
 
 class TeacherRunner:
@@ -54,6 +59,9 @@ class TeacherRunner:
                     "to learn from it. Tap a module that the teacher's `forward` calls."
                 )
         return {**seen, TapSpec(): outputs} if TapSpec() in specs else seen
+
+    def _retarget(self, old: nn.Module, new: nn.Module) -> None:
+        self.retarget(old, new)
 
     def close(self) -> None:
         """Take the hooks off the teacher."""
@@ -195,6 +203,14 @@ class TapSource(Resolvable):
             self.taps.clear()
             for tap in self.taps.taps.values():
                 tap.fired = False  # an example call does not show that `training_step` calls it
+
+    def follow(self, swaps: Sequence[Swap], journal: Journal) -> None:
+        """Move the taps of modules that an edit replaced to what stands in their place."""
+        for name, tap in self.taps.taps.items():
+            old, new = tap.module, get_submodule_clean(self.taps.root, name, keep_wrappers=True)
+            if old is not new:
+                self.retarget(old, new)
+                journal.on_undo(functools.partial(self._retarget, new, old))
 
     def retarget(self, old: nn.Module, new: nn.Module) -> bool:
         """Follow surgery in the student; returns whether a tap moved."""
