@@ -104,6 +104,8 @@ TECHNIQUES: dict[str, Callable[[], list[CompressionCallback]]] = {
 def strategy_of(kind: str) -> Any:
     if kind == "ddp":
         return DDPStrategy(process_group_backend="gloo")
+    if kind == "ddp_nccl":
+        return DDPStrategy(process_group_backend="nccl")
     if kind == "ddp_unused":
         return DDPStrategy(process_group_backend="gloo", find_unused_parameters=True)
     if kind == "fsdp2":
