@@ -80,8 +80,9 @@ def _to_steps(name: str, written: object, total: int | None, per_epoch: int | No
     if length is None:
         missing = "length of the run" if point.unit == "run" else "number of steps in an epoch"
         raise CompressionError(
-            f"Schedule({name}={written!r}) needs the {missing}, which is unknown here (max_epochs=-1, max_time or an "
-            f"iterable dataset). Give begin, end and every in optimizer steps, such as {name}=500, or set max_steps."
+            f"Schedule({name}={written!r}) needs the {missing}, which is unknown here (max_epochs=-1, max_time, an "
+            f"iterable dataset or accumulation that changes between epochs). Give begin, end and every in optimizer "
+            f"steps, such as {name}=500, or set max_steps."
         )
     return math.floor(point.amount * length)
 
@@ -187,7 +188,8 @@ class Schedule:
         if last is None:
             raise CompressionError(
                 f"Schedule(begin={self.begin!r}, end=None) ends with the run, and the length of this run is unknown "
-                f"(max_epochs=-1, max_time or an iterable dataset). Give end in optimizer steps, or set max_steps."
+                f"(max_epochs=-1, max_time, an iterable dataset or accumulation that changes between epochs). Give end "
+                f"in optimizer steps, or set max_steps."
             )
         return ResolvedSchedule(tuple(range(begin, last + 1, every)), self.curve, total)
 
