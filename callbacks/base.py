@@ -31,6 +31,10 @@ class CompressionCallback(L.Callback):
         name: Tells two instances of one class apart, in checkpoints and logs; default: the class name.
         schedule: When the technique acts; ``None`` if it has no events.
 
+    Raises:
+        TypeError: If `schedule` is no `Schedule`.
+        ValueError: If `name` is no text, or empty.
+
     Example:
         >>> from lightning_compress.callbacks import CompressionCallback
         >>> class Announce(CompressionCallback):
@@ -45,6 +49,10 @@ class CompressionCallback(L.Callback):
     hold_early_stopping: bool = False
 
     def __init__(self, name: str | None = None, schedule: Schedule | None = None) -> None:
+        if name is not None and (not isinstance(name, str) or not name):
+            raise ValueError(f"name is a text that is not empty, or left out; got {name!r}")
+        if schedule is not None and not isinstance(schedule, Schedule):
+            raise TypeError(f'schedule is a Schedule, such as Schedule(begin="10%", end="50%"); got {schedule!r}')
         self.name = name or type(self).__name__
         self.schedule = schedule
         self.reset()

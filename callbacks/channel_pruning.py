@@ -13,11 +13,11 @@ from lightning_compress import manifest
 from lightning_compress.callbacks import examples, interplay
 from lightning_compress.callbacks.base import STRUCTURE, CompressionCallback
 from lightning_compress.callbacks.events import EventRecord
-from lightning_compress.probe import ExampleCall
+from lightning_compress.probe import ExampleCall, from_example_inputs
 from lightning_compress.pruning.budgets import Budget, DenseReference
 from lightning_compress.pruning.channels import CutPlan, dense_reference, plan_cut
 from lightning_compress.schedule import Schedule
-from lightning_compress.targets import select
+from lightning_compress.targets import as_patterns, select
 
 if TYPE_CHECKING:
     from lightning_compress.callbacks.coordinator import Coordinator
@@ -53,6 +53,7 @@ class ChannelPruning(CompressionCallback):
         name: Tells two instances apart.
 
     Raises:
+        TypeError: If an argument is of a wrong type.
         ValueError: If an argument is out of range, or not exactly one target is given.
 
     Example:
@@ -83,7 +84,23 @@ class ChannelPruning(CompressionCallback):
     ) -> None:
         if isinstance(schedule, str) and schedule != "setup":
             raise ValueError(f"schedule is a Schedule or 'setup'; got {schedule!r}")
+        if schedule is None:
+            raise TypeError("schedule is a Schedule, or 'setup' for one cut before training begins; got None")
         super().__init__(name, None if isinstance(schedule, str) else schedule)
+        for argument, value in (("keep_macs", keep_macs), ("keep_parameters", keep_parameters), ("ratio", ratio)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+                raise TypeError(f"{argument} is a share of the dense model, such as 0.5; got {value!r}")
+        if scope not in ("global", "local"):
+            raise ValueError(f"scope is one of ('global', 'local'); got {scope!r}")
+        for argument, number in (("round_to", round_to), ("min_channels", min_channels)):
+            if number is None and argument == "round_to":
+                continue
+            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+                raise ValueError(f"{argument} is a whole number of channels, at least 1; got {number!r}")
+        as_patterns("targets", targets)
+        as_patterns("exclude", exclude)
+        if example_inputs is not None:
+            from_example_inputs(example_inputs)
         self.budget = Budget(keep_macs=keep_macs, keep_parameters=keep_parameters, ratio=ratio)
         self.options: dict[str, Any] = {
             "scope": scope, "targets": targets, "exclude": exclude, "round_to": round_to, "min_channels": min_channels,

@@ -18,7 +18,7 @@ from lightning_compress.distillation.teachers import Teacher, find_student_modul
 from lightning_compress.errors import CompressionError
 from lightning_compress.probe import ExampleCall, from_example_inputs, map_tensors
 from lightning_compress.schedule import Scheduled
-from lightning_compress.terms import LossTerm, Shapes, child_name
+from lightning_compress.terms import LossTerm, Shapes, child_name, non_negative
 
 if TYPE_CHECKING:
     from lightning_compress.callbacks.coordinator import Coordinator
@@ -47,7 +47,8 @@ class Distillation(CompressionCallback):
         name: Tells two instances apart.
 
     Raises:
-        TypeError: If the teacher is neither a path nor a module.
+        TypeError: If an argument is of a wrong type, such as a teacher that is neither a path nor a module.
+        ValueError: If an argument is out of range.
 
     Example:
         >>> import torch
@@ -74,9 +75,21 @@ class Distillation(CompressionCallback):
         if not isinstance(teacher, (str, os.PathLike, nn.Module)):
             raise TypeError(f"teacher is a checkpoint path, a module or 'initial'; got {type(teacher).__name__}")
         self.teacher = teacher
+        if isinstance(losses, LossTerm):
+            raise TypeError(f"losses is a list of loss terms; got one: write losses=[{type(losses).__name__}(...)]")
         self.losses = [KD()] if losses is None else list(losses)
+        wrong = next((term for term in self.losses if not isinstance(term, LossTerm)), None)
+        if wrong is not None:
+            raise TypeError(f"losses is a list of loss terms, such as [KD(temperature=4.0)]; got {wrong!r} in it")
         if not self.losses:
             raise ValueError("losses is empty, so nothing would be distilled; leave it out for plain KD")
+        if "." in self.name:
+            raise ValueError(f"name becomes part of module names, so it has no dots; got {self.name!r}")
+        if placement not in ("device", "cpu"):
+            raise ValueError(f"placement is 'device' or 'cpu'; got {placement!r}")
+        if student is not None and not isinstance(student, str):
+            raise TypeError(f"student is the name of a part of the module, such as 'model'; got {student!r}")
+        non_negative(self.name, "task_weight", task_weight)
         self.student, self.task_weight, self.placement = student, task_weight, placement
         self.example_inputs, self.allow_teacher_change = example_inputs, allow_teacher_change
 

@@ -38,6 +38,7 @@ class CompressionMonitor(CompressionCallback):
         name: Tells two instances apart.
 
     Raises:
+        TypeError: `max_layers` is no whole number.
         ValueError: `max_layers` is negative.
 
     Example:
@@ -51,6 +52,8 @@ class CompressionMonitor(CompressionCallback):
     def __init__(
         self, max_layers: int = 10, print_events: bool = True, progress_bar: bool = True, name: str | None = None
     ) -> None:
+        if isinstance(max_layers, bool) or not isinstance(max_layers, int):
+            raise TypeError(f"max_layers is a whole number; got {max_layers!r}")
         if max_layers < 0:
             raise ValueError(f"expected max_layers >= 0; got {max_layers}")
         self.max_layers = max_layers

@@ -19,7 +19,7 @@ from lightning_compress.pruning.criteria import magnitude
 from lightning_compress.pruning.masks import parameter_name
 from lightning_compress.pruning.threshold import magnitude_keep_masks
 from lightning_compress.schedule import Schedule
-from lightning_compress.targets import select
+from lightning_compress.targets import as_patterns, select
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -64,6 +64,7 @@ class Pruning(CompressionCallback):
         name: Tells two instances apart.
 
     Raises:
+        TypeError: If an argument is of a wrong type.
         ValueError: If an argument is out of range.
 
     Example:
@@ -102,6 +103,12 @@ class Pruning(CompressionCallback):
         for argument, value, known in (("scope", scope, ("global", "local")), ("mode", mode, ("hard", "soft"))):
             if value not in known:
                 raise ValueError(f"{argument} is one of {known}; got {value!r}")
+        if mask_gradients not in (True, False, "auto"):
+            raise ValueError(f"mask_gradients is True, False or 'auto'; got {mask_gradients!r}")
+        if schedule is None:
+            raise TypeError("schedule says when to prune, such as Schedule(begin=0, curve='constant'); got None")
+        as_patterns("targets", targets)
+        as_patterns("exclude", exclude)
         self.sparsity, self.scope, self.mode = float(sparsity), scope, mode
         self.targets, self.exclude = targets, exclude
         self.mask_gradients, self.hold_early_stopping = mask_gradients, hold_early_stopping

@@ -313,6 +313,7 @@ class Scheduled:
         schedule: When it changes; by default over the whole run, linearly.
 
     Raises:
+        TypeError: If a value is no number, or `schedule` no `Schedule`.
         ValueError: If a value is not finite.
 
     Example:
@@ -327,6 +328,11 @@ class Scheduled:
 
     def __post_init__(self) -> None:
         """Refuse values that no curve can reach."""
+        for value in (self.initial, self.final):
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise TypeError(f"Scheduled(initial={self.initial!r}, final={self.final!r}): both are numbers.")
+        if not isinstance(self.schedule, Schedule):
+            raise TypeError(f"Scheduled(schedule={self.schedule!r}): expected a Schedule(begin=..., end=...).")
         if not (math.isfinite(self.initial) and math.isfinite(self.final)):
             raise ValueError(f"Scheduled(initial={self.initial!r}, final={self.final!r}): both must be finite.")
 

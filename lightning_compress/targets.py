@@ -185,7 +185,7 @@ def select(
         >>> list(select(model, exclude=("2",), kinds=(nn.Linear,)))
         ['0']
     """
-    wanted, unwanted = _as_patterns("targets", targets), _as_patterns("exclude", exclude)
+    wanted, unwanted = as_patterns("targets", targets), as_patterns("exclude", exclude)
     lines = _lineages(root)
     usable = {name: line for name, line in lines.items() if isinstance(line[-1][1], kinds)}
     candidates = {name: line for name, line in usable.items() if ran is None or name in ran}
@@ -244,7 +244,23 @@ def _class_names(module: nn.Module) -> set[str]:
     return {cls.__name__ for cls in type(module).__mro__ if cls not in (nn.Module, object)}
 
 
-def _as_patterns(argument: str, patterns: Sequence[Pattern] | Pattern) -> tuple[Pattern, ...]:
+def as_patterns(argument: str, patterns: Sequence[Pattern] | Pattern) -> tuple[Pattern, ...]:
+    """Patterns as a user gives them, one or several, checked as far as that is possible without a model.
+
+    Args:
+        argument: How the argument is called.
+        patterns: What was given for it.
+
+    Raises:
+        TypeError: If something is neither a name nor a class.
+        ValueError: If there are no targets.
+
+    Example:
+        >>> as_patterns("targets", "layer*")
+        ('layer*',)
+    """
+    if not isinstance(patterns, str | type | Sequence | Collection):
+        raise TypeError(f"{argument} takes names and classes; found {patterns!r} of {type(patterns).__name__}.")
     listed = (patterns,) if isinstance(patterns, str | type) else tuple(patterns)
     for pattern in listed:
         if not isinstance(pattern, str | type):

@@ -110,12 +110,26 @@ def non_negative(owner: str, field: str, value: float | Scheduled) -> float | Sc
     """Return a weight as given.
 
     Raises:
+        TypeError: If it is neither a number nor a `Scheduled`.
         ValueError: If a value of it is negative or not finite.
     """
-    for number in (value.initial, value.final) if isinstance(value, Scheduled) else (value,):
+    for number in numbers(owner, field, value):
         if not (math.isfinite(number) and number >= 0):
             raise ValueError(f"{owner}: {field} is {value!r}; it must be finite and >= 0.")
     return value
+
+
+def numbers(owner: str, field: str, value: float | Scheduled) -> tuple[float, ...]:
+    """The number, or both ends of a `Scheduled` one.
+
+    Raises:
+        TypeError: If it is neither.
+    """
+    if isinstance(value, Scheduled):
+        return value.initial, value.final
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{owner}: {field} is a number, or a Scheduled(initial, final, schedule); found {value!r}")
+    return (value,)
 
 
 class LossTerm(Resolvable):
@@ -145,7 +159,7 @@ class LossTerm(Resolvable):
     """What `build` returned, looked up anew at each step; None if the term owns nothing."""
 
     def __init__(self, weight: float | Scheduled = 1.0, name: str = "term") -> None:
-        if not name or "." in name:
+        if not isinstance(name, str) or not name or "." in name:
             raise ValueError(f"The name of a loss term is part of module names: not empty, no dots; found {name!r}.")
         self.weight = non_negative(name, "weight", weight)
         self.name = name

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_compress.distillation.taps import logits_of
 from lightning_compress.errors import CompressionError
 from lightning_compress.schedule import Scheduled
-from lightning_compress.terms import LossTerm, Records, TapSpec, TapSpecs
+from lightning_compress.terms import LossTerm, Records, TapSpec, TapSpecs, numbers
 
 _LOGITS = TapSpec()
 
@@ -105,9 +105,10 @@ class KD(LossTerm):
         class_dim: int = 1,
     ) -> None:
         super().__init__(weight, name)
-        ends = (temperature.initial, temperature.final) if isinstance(temperature, Scheduled) else (temperature,)
-        if not all(math.isfinite(end) and end > 0 for end in ends):
+        if not all(math.isfinite(end) and end > 0 for end in numbers(name, "temperature", temperature)):
             raise ValueError(f"The temperature of {name!r} is {temperature!r}; it must be finite and > 0.")
+        if isinstance(class_dim, bool) or not isinstance(class_dim, int):
+            raise TypeError(f"class_dim of {name!r} is the number of a dimension, such as 1 or -1; found {class_dim!r}")
         self.temperature = temperature
         self.class_dim = class_dim
 

@@ -6,6 +6,7 @@ positions. `out_dim=1` says that the output units are dimension 1 (transposed co
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 from dataclasses import dataclass
@@ -61,6 +62,8 @@ def parse(pattern: str | Pattern) -> Pattern:
     """
     if isinstance(pattern, Pattern):
         return pattern
+    if not isinstance(pattern, str):
+        raise TypeError(f"pattern must be {_FORMS}; found {pattern!r} of {type(pattern).__name__}")
     if pattern in ("unstructured", "row", "column", "filter"):
         return Pattern(pattern)  # type: ignore[arg-type]
     if match := re.fullmatch(r"(\d+):(\d+)", pattern):
@@ -70,7 +73,9 @@ def parse(pattern: str | Pattern) -> Pattern:
         raise ValueError(f"N:M keeps N of M weights, with 1 <= N < M; found {pattern!r}")
     if match := re.fullmatch(r"block:([1-9]\d*)x([1-9]\d*)", pattern):
         return Pattern("block", (int(match[1]), int(match[2])))
-    raise ValueError(f"pattern must be {_FORMS}; found {pattern!r}")
+    near = difflib.get_close_matches(pattern.lower(), ("unstructured", "row", "column", "filter"), n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"pattern must be {_FORMS}; found {pattern!r}{hint}")
 
 
 def unit_norms(scores: Tensor, pattern: Pattern | str, *, out_dim: int = 0, normalise: bool = False) -> Tensor:
