@@ -125,4 +125,4 @@ class Masking:
 
     def densities(self) -> dict[str, float]:
         """The share of kept weights of each masked parameter."""
-        return {name: int(p["kept"]) / math.prod(p["shape"]) for name, p in self.packed.items()}
+        return {name: int(p["kept"]) / (math.prod(p["shape"]) or 1) for name, p in self.packed.items()}

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_compress.callbacks.base import MASKS, CompressionCallback
 from lightning_compress.callbacks.events import EventRecord
@@ -126,6 +127,7 @@ class Pruning(CompressionCallback):
     def at_setup(self, run: Coordinator) -> None:
         """Let the targeted layers compute with masked weights, before anything is wrapped."""
         modules = self._layers(run)
+        self._check_weights(modules)
         if self.mode == "soft":
             run.masking.attach_soft(modules)
 
@@ -133,6 +135,11 @@ class Pruning(CompressionCallback):
         """See `CompressionCallback.start`."""
         self._edits = run.edits
         run.adapter.check_sharding(self._weights(run))
+        assert self.resolved is not None
+        lazy = any(_is_lazy(module.weight) for module in self._layers(run).values())
+        if set(self.resolved.events) - set(self.done) and not lazy:
+            # What cannot be met shows now, not after half of the training.
+            run.adapter.in_step(lambda: self._new_masks(run, self.sparsity))
         kept = self._kept_by_pattern(run)
         if kept:
             rank_zero_info(f"{self.name}: the last layer {kept!r} keeps all its outputs")
@@ -169,6 +176,20 @@ class Pruning(CompressionCallback):
             )
 
     # --------------------------------------------------------------------------------------------------- masking
+    def _check_weights(self, modules: Mapping[str, nn.Module]) -> None:
+        ready: dict[str, Any] = {n: m.weight for n, m in modules.items() if not _is_lazy(m.weight)}
+        whole = [f"{name!r} ({weight.dtype})" for name, weight in ready.items() if not weight.is_floating_point()]
+        if whole:
+            raise CompressionError(
+                f"{self.name}: {', '.join(whole)} holds no floating-point numbers (quantized?), whose magnitude says "
+                "how much a weight matters; prune before quantizing, or name these layers in exclude="
+            )
+        if ready and len(ready) == len(modules) and not any(weight.numel() for weight in ready.values()):
+            raise CompressionError(
+                f"{self.name}: the targeted weights ({', '.join(ready)}) are all empty, so there is nothing to prune; "
+                "target other layers"
+            )
+
     def _layers(self, run: Coordinator) -> dict[str, nn.Module]:
         chosen = select(run.pl_module, self.targets, self.exclude, kinds=KINDS)
         named = {parameter_name(run.pl_module, module): module for module in chosen.values()}
@@ -195,7 +216,7 @@ class Pruning(CompressionCallback):
     def _mask(self, run: Coordinator, step: int, sparsity: float) -> None:
         with run.timed() as seconds:
             before = run.masking.densities()
-            masks, whole = self._new_masks(run, sparsity)
+            masks, whole = run.adapter.in_step(lambda: self._new_masks(run, sparsity))
             run.masking.commit(masks, whole, self.name)
             after = run.masking.densities()
             changes = [{"name": n, "before": before.get(n, 1.0), "after": after[n]} for n in masks]
@@ -209,6 +230,12 @@ class Pruning(CompressionCallback):
     def _new_masks(self, run: Coordinator, sparsity: float) -> tuple[dict[str, Tensor], Mapping[str, Tensor]]:
         """New local masks, and whole ones where they are at hand."""
         weights = self._weights(run)
+        lazy = next((name for name, weight in weights.items() if _is_lazy(weight)), None)
+        if lazy is not None:
+            raise CompressionError(
+                f"{self.name}: {lazy!r} has no shape yet, because its lazy module has not run; begin the schedule "
+                "after the first step, or run a batch through the model before `fit`"
+            )
         names = list(weights)
         already = [None if self.mode == "soft" else run.masking.store.local.get(n) for n in names]
         if self.pattern.kind == "unstructured":
@@ -266,3 +293,7 @@ class Pruning(CompressionCallback):
             or is_overridden("configure_gradient_clipping", run.pl_module)
             or type(optimizer).__name__ in _NORM_OPTIMIZERS
         )
+
+
+def _is_lazy(weight: Any) -> bool:
+    return bool(is_lazy(weight))

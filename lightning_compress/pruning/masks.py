@@ -14,7 +14,7 @@ from lightning_compress.errors import CompressionError
 from lightning_compress.pruning.applying import zero_masked_
 from lightning_compress.pruning.packing import pack
 from lightning_compress.surgery import Journal, Swap
-from lightning_compress.targets import clean_name
+from lightning_compress.targets import clean_name, named_modules_clean
 
 TRANSFORM = "mask"
 
@@ -162,6 +162,18 @@ class MaskStore:
 
 
 def parameter_name(root: nn.Module, module: nn.Module, attribute: str = "weight") -> str:
-    """The clean full name of a module's parameter: that of its first owner if it is tied."""
+    """The clean full name of a module's parameter: that of its first owner if it is tied.
+
+    Raises:
+        CompressionError: If it is no parameter but computed anew from others.
+    """
     wanted = getattr(module, attribute)
-    return next(clean_name(name) for name, p in root.named_parameters() if p is wanted)
+    found = next((clean_name(name) for name, p in root.named_parameters() if p is wanted), None)
+    if found is None:
+        owner = next((name for name, m in named_modules_clean(root) if m is module), type(module).__name__)
+        raise CompressionError(
+            f"the {attribute} of {owner!r} is computed from other parameters (weight_norm, another parametrization, "
+            "torch.nn.utils.prune), so zeros in it would not stay; make it plain first "
+            "(torch.nn.utils.parametrize.remove_parametrizations, torch.nn.utils.prune.remove), or exclude the layer"
+        )
+    return found

@@ -173,7 +173,7 @@ def global_unit_keeps(
     values, weights = torch.cat(list(units)), torch.cat([s.to(torch.int64) for s in sizes])
     if bool(values.isnan().any()):
         bad = [names[i] if i < len(names) else f"tensor {i}" for i, u in enumerate(units) if bool(u.isnan().any())]
-        raise CompressionError(f"scores of {', '.join(bad)} contain NaN, so they have no order and no mask can be made")
+        raise _has_nan(bad)
     if sparsity == 1:
         return [torch.zeros_like(u, dtype=torch.bool) for u in units]
     stays = torch.zeros_like(values, dtype=torch.bool)
@@ -195,6 +195,13 @@ def global_unit_keeps(
     keep = torch.ones_like(stays)
     keep[order[:nearest]] = False
     return list(torch.split(keep, counts))
+
+
+def _has_nan(names: Sequence[str]) -> CompressionError:
+    return CompressionError(
+        f"scores of {', '.join(names)} contain NaN, so they have no order and no mask can be made; find the step at "
+        "which the weights diverged (detect_anomaly, a lower learning rate) and restart before it"
+    )
 
 
 def _check_sparsity(sparsity: float, pattern: Pattern, name: str) -> None:
@@ -223,7 +230,7 @@ def _global_units(
             kept_OIP = canonical(mask, pattern, dim, label)
             gone, scores_OIP = norms_of(kept_OIP.float(), pattern) == 0, scores_OIP.masked_fill(~kept_OIP, 0)
         norms = norms_of(scores_OIP, pattern)
-        norms = norms / size.sqrt().to(norms.dtype)
+        norms = norms / size.clamp(min=1).sqrt().to(norms.dtype)  # of an empty weight: zero, not NaN
         units.append((norms if gone is None else norms.masked_fill(gone, -1.0)).flatten())
         sizes.append(size.expand_as(norms).flatten())
         shapes.append((norms.shape, scores_OIP.shape))
@@ -288,6 +295,9 @@ def _n_m(
             f"pattern {pattern} groups the input dimension, over which {name} is sharded ({ranks.size} ranks): "
             "shard another dimension, or exclude it"
         )
+    nan = torch.tensor([int(scores_OIP.isnan().any())], device=scores_OIP.device)
+    if int(ranks.reduce(nan, "sum")):  # sorting would take NaN for the largest and keep it
+        raise _has_nan([name])
     n, m = pattern.sizes
     outs, ins, positions = scores_OIP.shape
     dtype = torch.float64 if scores_OIP.dtype == torch.float64 else torch.float32
