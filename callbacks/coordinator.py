@@ -72,6 +72,7 @@ class Coordinator:
         self._materialized = False
         self._stepped = True
         self._started = self._tuning = False
+        self._max_steps = trainer.max_steps
         self._held = interplay.HeldEarlyStopping(trainer)
         self._setup: surgery.Journal | None = surgery.Journal()  # how to undo what was done before training began
         self.closed = False
@@ -352,7 +353,8 @@ class Coordinator:
             return self.step
         if not self._tuning:
             self._tuning = True
-            self._resolve_terms()
+            with interplay.planned_length(self.trainer, self._max_steps):
+                self._resolve_terms()
             for technique in self.techniques:
                 technique.before_tuning(self)
         return 0

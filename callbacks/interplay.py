@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -80,6 +81,22 @@ def accumulation(trainer: Trainer) -> int | None:
     if not factors:
         return trainer.accumulate_grad_batches
     return factors.pop() if len(factors) == 1 else None
+
+
+@contextmanager
+def planned_length(trainer: Trainer, max_steps: int) -> Iterator[None]:
+    """Look at the length of the fit itself while a tuner makes a short one of its own.
+
+    Args:
+        trainer: The Trainer.
+        max_steps: Its ``max_steps`` when the fit was set up.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    short, loop.max_steps = loop.max_steps, max_steps
+    try:
+        yield
+    finally:
+        loop.max_steps = short
 
 
 def total_steps(trainer: Trainer) -> float | None:
