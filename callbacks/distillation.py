@@ -118,6 +118,11 @@ class Distillation(CompressionCallback):
         if self.is_initial:
             run.adapter.require("distillation from teacher='initial'", self.name)
         elif self.needs_unedited_copy():
+            if not os.path.exists(self.teacher):  # type: ignore[arg-type]
+                raise CompressionError(
+                    f"{self.name}: there is no checkpoint at {str(self.teacher)!r}; give the path of one, a module, or "
+                    "'initial' for the model as it is when training begins"
+                )
             manifest.read_checkpoint(self.teacher)  # type: ignore[arg-type]  # a wrong path shows before training
             if manifest.edits_of(run.pl_module) and not run.continues:
                 cls = type(run.pl_module).__name__
@@ -134,12 +139,32 @@ class Distillation(CompressionCallback):
         part = resolve_teacher_module(self._root, student_name, run.pl_module)
         if part is student:
             raise CompressionError(f"{self.name}: the teacher is the student itself; pass a copy (copy.deepcopy)")
+        self._check_teacher(run, part)
         self._handle = Teacher(part, self.placement)
         source = TapSource(self.name, student, self.losses, self._handle, self.task_weight)
         run.pipeline.add(source)
         if any(type(term).build is not LossTerm.build for term in self.losses):
             self._shapes = self._measure(run, source)
             run.pipeline.attach(source, run.pl_module, self._shapes)
+
+    def _check_teacher(self, run: Coordinator, part: nn.Module) -> None:
+        mine = {id(p): name for name, p in run.pl_module.named_parameters()}
+        for name, parameter in part.named_parameters():
+            if id(parameter) in mine:
+                raise CompressionError(
+                    f"{self.name}: the teacher's {name!r} is the model's own {mine[id(parameter)]!r}, and a teacher is "
+                    "frozen: it would stop training; pass a copy (copy.deepcopy)"
+                )
+            if parameter.is_meta:
+                raise CompressionError(
+                    f"{self.name}: the teacher's {name!r} is on the meta device, so it has no values; load its weights "
+                    "on a real device first"
+                )
+            if not self.is_initial and bool(parameter.isnan().any()):
+                raise CompressionError(
+                    f"{self.name}: the teacher's {name!r} holds NaN, so the loss would be NaN from the first step; its "
+                    "training diverged, take an earlier checkpoint of it"
+                )
 
     def _build(self, run: Coordinator) -> nn.Module:
         if isinstance(self.teacher, nn.Module):

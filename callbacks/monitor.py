@@ -80,7 +80,8 @@ class CompressionMonitor(CompressionCallback):
     def start(self, run: Coordinator) -> None:
         """Measure what `check` could not, and log the configuration of all callbacks."""
         self._began = time.perf_counter()
-        if not self.before:
+        lazy = any(torch.nn.parameter.is_lazy(p) for p in run.pl_module.parameters())
+        if not self.before and not lazy:
             self.before = _totals(run.trainer, run.pl_module)
         Tracker(run.trainer).log_config({technique.name: _config(technique) for technique in run.techniques})
         for past in self.history.values():  # of a resumed fit

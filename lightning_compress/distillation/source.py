@@ -48,7 +48,7 @@ class TeacherRunner:
         outputs = []
         try:
             with self.taps.recording({spec.module for spec in inner}):
-                outputs = [self.teacher(*call.args, **call.kwargs) for call in calls]
+                outputs = [self._ask(call) for call in calls]
             seen = {spec: self.taps.values(spec) for spec in inner}
         finally:
             self.taps.clear()
@@ -59,6 +59,19 @@ class TeacherRunner:
                     "to learn from it. Tap a module that the teacher's `forward` calls."
                 )
         return {**seen, TapSpec(): outputs} if TapSpec() in specs else seen
+
+    def _ask(self, call: Call) -> Any:
+        try:
+            return self.teacher(*call.args, **call.kwargs)
+        except (TypeError, ValueError, LookupError, RuntimeError) as error:
+            if isinstance(error, CompressionError) or "memory" in str(error):  # tuners look for those errors
+                raise
+            given = [tuple(t.shape) for t in tensors_in((call.args, call.kwargs))]
+            raise CompressionError(
+                f"The teacher ({type(self.teacher.module).__name__}) cannot answer what the student was asked, tensors "
+                f"of shape {given}: {type(error).__name__}: {error}. A teacher takes the student's arguments: wrap it "
+                "in a module that converts them, or distil another part (student=)."
+            ) from error
 
     def _retarget(self, old: nn.Module, new: nn.Module) -> None:
         self.retarget(old, new)
