@@ -10,8 +10,12 @@ import lightning as L
 import torch
 import torch.distributed as dist
 
+from lightning_compress.errors import CompressionError
+
 if TYPE_CHECKING:
     from lightning import LightningModule, Trainer
+
+_GENERATORS = {"python", "torch", "cuda", "numpy"}
 
 
 class ExactResume(L.Callback):
@@ -32,12 +36,12 @@ class ExactResume(L.Callback):
 
     def __init__(self) -> None:
         self._restored: list[dict[str, Any]] | None = None
-        self._trainer_rank = 0
+        self._trainer_rank, self._processes = 0, 1
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """See `lightning.Callback.setup`."""
         self._restored = None
-        self._trainer_rank = trainer.global_rank
+        self._trainer_rank, self._processes = trainer.global_rank, trainer.world_size
 
     def state_dict(self) -> dict[str, Any]:
         """Random state of all ranks; Lightning asks on every rank, so gathering is safe."""
@@ -50,8 +54,24 @@ class ExactResume(L.Callback):
         return {"ranks": states}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restore at once: sharded strategies load callbacks last, just before the loaders are made."""
-        self._restored = list(state_dict["ranks"])
+        """Restore at once: sharded strategies load callbacks last, just before the loaders are made.
+
+        Raises:
+            CompressionError: If the state is damaged, or of another number of processes; on every rank.
+        """
+        states = state_dict.get("ranks")
+        whole = isinstance(states, list) and all(isinstance(s, Mapping) and s.keys() >= _GENERATORS for s in states)
+        if not isinstance(states, list) or not whole:
+            raise CompressionError(
+                "the random state in the checkpoint is damaged, or another version of ExactResume wrote it; leave "
+                "ExactResume out to resume without it"
+            )
+        if len(states) != self._processes:
+            raise CompressionError(
+                f"the checkpoint holds the random state of {len(states)} processes, and now there are "
+                f"{self._processes}; exact resume needs the same number: start as many, or leave ExactResume out"
+            )
+        self._restored = states
         self._restore()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -59,10 +79,19 @@ class ExactResume(L.Callback):
         self._restore()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """In mid-epoch the iterator already existed when the state was saved: restore after it was made again."""
-        loop = trainer.fit_loop
-        if loop.restarted_mid_epoch and not loop.epoch_loop.batch_progress.is_last_batch:
-            self._restore()
+        """Restore now that the loop has made its data iterator, which may have drawn from the generators."""
+        if self._restored is None:
+            return
+        self._restore()
+        loop: Any = trainer.fit_loop
+        if loop.resumed_on_epoch_end:
+            # Lightning goes on with the iterator that it has just made, but did not load the loader's state: it does so
+            # in mid-epoch only, and every loader would begin its first epoch again. An uninterrupted run makes this
+            # iterator at this point.
+            states, loop._combined_loader_states_to_load = loop._combined_loader_states_to_load, []
+            if states:
+                loop._combined_loader._load_state_dicts(states)
+            iter(loop._data_fetcher)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """From here on the generators run freely."""
@@ -71,11 +100,6 @@ class ExactResume(L.Callback):
     def _restore(self) -> None:
         if self._restored is None:
             return
-        if self._trainer_rank >= len(self._restored):
-            raise RuntimeError(
-                f"the checkpoint holds the random state of {len(self._restored)} processes, this is process "
-                f"{self._trainer_rank}; exact resume needs the same number of processes, remove ExactResume otherwise"
-            )
         set_random_state(self._restored[self._trainer_rank])
 
 
@@ -85,11 +109,12 @@ def random_state() -> dict[str, Any]:
     state: dict[str, Any] = {
         "python": {"version": version, "state": list(internal), "gauss": gauss},
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],  # type: ignore[no-untyped-call]
     }
     import numpy as np
 
-    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    legacy: Any = np.random.get_state(legacy=True)
+    kind, keys, position, has_gauss, cached = legacy
     state["numpy"] = {
         "kind": str(kind), "keys": torch.from_numpy(keys.astype(np.int64)), "position": int(position),
         "has_gauss": int(has_gauss), "cached": float(cached),

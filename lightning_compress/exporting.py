@@ -70,6 +70,8 @@ def export(
 
     Raises:
         ValueError: The format is unknown.
+        TypeError: `model` is no module.
+        OSError: The file cannot be written, because the disk is full or the place is not writable.
         CompressionError: The model cannot be written in this format, or an optional package is missing.
 
     Example:
@@ -81,8 +83,15 @@ def export(
         >>> load(torch.nn.Linear(4, 2), path)
         Linear(in_features=4, out_features=2, bias=True)
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a module; got {model!r:.80}")
     target = Path(path)
     kind = _format(target, format)
+    meta = next((name for name, p in model.named_parameters() if p.is_meta), None)
+    if meta is not None:
+        raise CompressionError(f"{meta!r} is on the meta device, so it has no values to write; load the weights first")
+    if target.is_dir():
+        raise CompressionError(f"{str(target)!r} is a folder; give the path of a file, such as 'folder/model.{kind}'")
     record = encode(manifests.of(model) if manifest is None else manifest)
     if kind == "safetensors":
         with _whole(target) as partial:
@@ -209,10 +218,17 @@ def read_safetensors(path: PathLike) -> tuple[dict[str, Tensor], dict[str, Any] 
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, OSError) as error:
         raise CompressionError(f"{str(path)!r} cannot be read as safetensors ({error}); check the path") from error
-    for name, holder in json.loads(header.get(_ALIASES, "{}")).items():
-        state[name] = state[holder]
-    record = header.get(manifests.KEY)
-    return state, None if record is None else decode(record)
+    try:
+        record = decode(header[manifests.KEY]) if manifests.KEY in header else None
+        aliases = dict(json.loads(header.get(_ALIASES, "{}")))
+        if not isinstance(record, dict | None) or not state.keys() >= set(aliases.values()):
+            raise TypeError("it is not what `export` writes")
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+        raise CompressionError(
+            f"the record of compression in {str(path)!r} cannot be read ({type(error).__name__}: {error}); the file is "
+            "damaged, or another program wrote under the key 'lightning_compress'"
+        ) from error
+    return state | {name: state[holder] for name, holder in aliases.items()}, record
 
 
 def encode(data: Mapping[str, Any]) -> str:

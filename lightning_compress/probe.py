@@ -181,6 +181,12 @@ def _smallest(
         if name in calls:
             return calls[name]
     tops = [name for name in ran if not any(parent in ran for parent in _ancestors(name)[1:])]
+    if not tops:
+        raise CompressionError(
+            f"The example step called no module at all, though it read the weights of {_some(reached)}. Call the "
+            f"model as `self(x)` or `self.net(x)`, not through `forward` or functions of its weights, or pass "
+            f"example_inputs=."
+        )
     raise CompressionError(
         f"No single module call covers the targets {_some(reached)}: the step called {_some(tops)} one after the "
         f"other. Give the module a forward() and pass example_inputs=, or use targets inside one of these."

@@ -73,9 +73,6 @@ class TeacherRunner:
                 "in a module that converts them, or distil another part (student=)."
             ) from error
 
-    def _retarget(self, old: nn.Module, new: nn.Module) -> None:
-        self.retarget(old, new)
-
     def close(self) -> None:
         """Take the hooks off the teacher."""
         self.taps.remove()
@@ -224,6 +221,9 @@ class TapSource(Resolvable):
             if old is not new:
                 self.retarget(old, new)
                 journal.on_undo(functools.partial(self._retarget, new, old))
+
+    def _retarget(self, old: nn.Module, new: nn.Module) -> None:
+        self.retarget(old, new)
 
     def retarget(self, old: nn.Module, new: nn.Module) -> bool:
         """Follow surgery in the student; returns whether a tap moved."""
