@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import lightning as L
 
+from lightning_compress.errors import CompressionError
 from lightning_compress.schedule import ResolvedSchedule, Schedule
 
 if TYPE_CHECKING:
@@ -137,10 +138,16 @@ class CompressionCallback(L.Callback):
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over the state of an interrupted fit; its schedule stays as it was resolved."""
-        schedule = state_dict["schedule"]
-        self.resolved = None if schedule is None else ResolvedSchedule.from_dict(schedule)
-        self.done = list(state_dict["done"])
-        self.shared.update(state_dict["shared"])
+        try:
+            schedule = state_dict["schedule"]
+            self.resolved = None if schedule is None else ResolvedSchedule.from_dict(schedule)
+            self.done = list(state_dict["done"])
+            self.shared.update(state_dict["shared"])
+        except (LookupError, TypeError, ValueError) as error:
+            raise CompressionError(
+                f"the state of {self.name} in the checkpoint cannot be read ({type(error).__name__}: {error}); it is "
+                "damaged or of another version. To start afresh from its weights, use lightning_compress.load"
+            ) from error
 
     # ------------------------------------------------------------------------------------------------ Lightning's hooks
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

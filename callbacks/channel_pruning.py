@@ -157,7 +157,9 @@ class ChannelPruning(CompressionCallback):
         if self._call is None:
             kinds = (_ConvNd, nn.Linear)
             chosen = select(run.pl_module, self.options["targets"], self.options["exclude"], kinds=kinds)
-            self._call = examples.example_call(run, self.example_inputs, list(chosen), self.name)
+            self._call = run.adapter.in_step(
+                lambda: examples.example_call(run, self.example_inputs, list(chosen), self.name)
+            )
         return self._call.to(next(run.pl_module.parameters()).device)
 
     def _plan(self, run: Coordinator, call: ExampleCall, target: Budget) -> CutPlan:

@@ -58,7 +58,7 @@ def measure(model: nn.Module, call: Call) -> Usage:
             x = args[0] if args else next(iter(kwargs.values()))
             across = x if isinstance(module, _ConvNd) and module.transposed else output
             channels = module.in_channels if across is x else getattr(module, "out_channels", None)
-            positions[name] += across.numel() / (channels or module.out_features)
+            positions[name] += across.numel() / ((channels or module.out_features) or 1)  # a layer may have no output
 
         return hook
 
