@@ -364,16 +364,24 @@ class Coordinator:
         if not self._at_boundary(batch_idx):
             return
         step, self.batch = self.step, batch
-        try:
-            self._switch_terms(step)
-            for technique in self.techniques:
-                self._run_due(technique, step)
-            for technique in self.techniques:
-                technique.boundary(self, step)
-        finally:
-            self.batch = None
-            self._share()
-        self._hold_early_stopping()
+        due = any(self._due(technique, step) for technique in self.techniques)
+        # Nobody may see a change without the record that it was made, or without what follows from it.
+        with deferred_signals() if due else contextlib.nullcontext():
+            try:
+                self._switch_terms(step)
+                for technique in self.techniques:
+                    self._run_due(technique, step)
+                for technique in self.techniques:
+                    technique.boundary(self, step)
+            finally:
+                self.batch = None
+                self._share()
+            self._hold_early_stopping()
+
+    def _due(self, technique: CompressionCallback, step: int) -> list[int]:
+        if technique.resolved is None:
+            return []
+        return technique.resolved.due(step, technique.done, self.decisions.of(technique.name))
 
     def _at_boundary(self, batch_idx: int) -> bool:
         if self.pl_module.automatic_optimization:
@@ -382,20 +390,17 @@ class Coordinator:
         return stepped
 
     def _run_due(self, technique: CompressionCallback, step: int) -> None:
-        if technique.resolved is None:
-            return
-        due = technique.resolved.due(step, technique.done, self.decisions.of(technique.name))
+        due = self._due(technique, step)
         if not due:
             return
-        with deferred_signals():  # nobody may see the change without the record that it was made
-            before = self._changes
-            try:
-                technique.event(self, step)  # the value of the last one covers all that are due
-            except BaseException:
-                if self._changes != before:  # it failed after the change, which must not be made again
-                    technique.done += due
-                raise
-            technique.done += due
+        before = self._changes
+        try:
+            technique.event(self, step)  # the value of the last one covers all that are due
+        except BaseException:
+            if self._changes != before:  # it failed after the change, which must not be made again
+                technique.done += due
+            raise
+        technique.done += due
 
     @property
     def _changes(self) -> tuple[int, int]:

@@ -118,7 +118,7 @@ class Pruning(CompressionCallback):
     def reset(self) -> None:
         """See `CompressionCallback.reset`."""
         super().reset()
-        self._edits = 0
+        self._edits: int | None = None
 
     def check(self, run: Coordinator) -> None:
         """See `CompressionCallback.check`."""
@@ -133,7 +133,8 @@ class Pruning(CompressionCallback):
 
     def start(self, run: Coordinator) -> None:
         """See `CompressionCallback.start`."""
-        self._edits = run.edits
+        if self._edits is None:
+            self._edits = run.edits
         run.adapter.check_sharding(self._weights(run))
         assert self.resolved is not None
         lazy = any(_is_lazy(module.weight) for module in self._layers(run).values())
@@ -155,9 +156,9 @@ class Pruning(CompressionCallback):
     def boundary(self, run: Coordinator, step: int) -> None:
         """After a structural edit other weights exist: keep the sparsity what it should be."""
         if run.edits != self._edits:
-            self._edits = run.edits
             if self.done:
                 self.event(run, step)
+            self._edits = run.edits
 
     def before_optimizer_step(self, run: Coordinator, optimizer: Optimizer) -> None:
         """Zero the gradients of masked weights where they could matter."""
@@ -174,6 +175,15 @@ class Pruning(CompressionCallback):
                 f"{self.name}: the fit ended before the last event; sparsity {self.sparsity:.4f} was asked, "
                 f"{reached:.4f} reached"
             )
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many structural edits the masks know of: a file may lie between a cut and the masks that follow it."""
+        return {**super().state_dict(), "edits": self._edits}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """See `CompressionCallback.load_state_dict`."""
+        super().load_state_dict(state_dict)
+        self._edits = state_dict.get("edits")
 
     # --------------------------------------------------------------------------------------------------- masking
     def _check_weights(self, modules: Mapping[str, nn.Module]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 # Ctrl-C stops the fit, SIGTERM and SIGUSR1 make Lightning save a checkpoint: none of them may see half an edit.
 _DEFERRED = tuple(
@@ -31,5 +31,6 @@ def deferred_signals() -> Iterator[None]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-        for number in dict.fromkeys(arrived):
-            signal.raise_signal(number)
+        with ExitStack() as deliver:  # all of them, even if the handler of one raises, as that of Ctrl-C does
+            for number in reversed(dict.fromkeys(arrived)):
+                deliver.callback(signal.raise_signal, number)
