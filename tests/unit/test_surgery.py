@@ -6,13 +6,14 @@ import copy
 import pickle
 
 import pytest
+import splitting  # registers an edit kind
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_compress import manifest, surgery
 from lightning_compress.errors import CompressionError
-from lightning_compress.surgery import Journal, New, Swap, edit, slice_tensors
+from lightning_compress.surgery import Journal, edit, slice_tensors
 
 DEAD = [1, 4, 5]
 KEEP = torch.tensor([i for i in range(8) if i not in DEAD])
@@ -224,7 +225,7 @@ def test_param_names_follow_a_module_that_becomes_two():
     optimizer = torch.optim.AdamW(model.named_parameters(), lr=0.01)
     train(model, optimizer, 1)
     bias = optimizer.state[model[6].bias]["exp_avg"].clone()
-    with edit(model, [{"kind": "test.split", "module": "6", "rank": 2}], [optimizer]) as transaction:
+    with edit(model, [{"kind": splitting.KIND, "module": "6", "rank": 2}], [optimizer]) as transaction:
         pass
     (group,) = optimizer.param_groups
     assert dict(zip(group["param_names"], group["params"], strict=True)) == dict(model.named_parameters())
@@ -462,7 +463,7 @@ def test_an_exception_undoes_everything_bit_for_bit(error, kind):
     train(model, optimizer, 2)
     reference, other = copy.deepcopy((model, optimizer))
     before = state_of(model, optimizer)
-    edits = [cut(norm=True)] if kind == "cut" else [{"kind": "test.split", "module": "6", "rank": 1}, cut(norm=True)]
+    edits = [cut(norm=True)] if kind == "cut" else [{"kind": splitting.KIND, "module": "6", "rank": 1}, cut(norm=True)]
 
     def interrupted() -> None:
         journal = Journal()
@@ -525,28 +526,3 @@ def test_state_maps_are_picklable():
     copied = pickle.loads(pickle.dumps(swap.new[0].state_map))
     assert torch.equal(copied(swap.old), swap.new[0].tensor)
     assert torch.equal(swap.keep[0], KEEP)
-
-
-# -- an edit kind for tests: a Linear becomes two
-
-
-def split(root: nn.Module, wanted: dict, journal: Journal) -> list[Swap]:
-    """Truncated SVD; the weight is a new kind of parameter, the bias stays what it was."""
-    name = wanted["module"]
-    old = dict(root.named_modules())[name]
-    u, s, v = torch.linalg.svd(old.weight.detach(), full_matrices=False)
-    rank = wanted["rank"]
-    new = nn.Sequential(nn.Linear(old.in_features, rank, bias=False), nn.Linear(rank, old.out_features))
-    new.to(old.weight.dtype)
-    new[0].weight.data.copy_(s[:rank, None] * v[:rank])
-    new[1].weight.data.copy_(u[:, :rank])
-    new[1].bias.data.copy_(old.bias.detach())
-    swaps = [
-        Swap(f"{name}.weight", old.weight,
-             (New(f"{name}.0.weight", new[0].weight), New(f"{name}.1.weight", new[1].weight))),
-        Swap(f"{name}.bias", old.bias, (New(f"{name}.1.bias", new[1].bias, torch.clone),)),
-    ]  # fmt: skip
-    return surgery.replace_module(root, name, new, swaps, journal)
-
-
-surgery.register("test.split", split)
