@@ -10,6 +10,7 @@ import base64
 import copy
 import importlib
 import inspect
+import io
 import json
 import math
 import os
@@ -104,7 +105,9 @@ def export(
         if kind == "onnx":
             _write_onnx(program, partial, record, opset_version)
         else:
-            torch.export.save(program, str(partial), extra_files={manifests.KEY: record})
+            buffer = io.BytesIO()  # PyTorch's own file writer ends the whole process when the disk is full
+            torch.export.save(program, buffer, extra_files={manifests.KEY: record})
+            partial.write_bytes(buffer.getbuffer())
     return target
 
 
@@ -182,13 +185,17 @@ def _plain_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _write_safetensors(model: nn.Module, path: Path, record: str) -> None:
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     state, aliases = _plain_state(model)
     header = {"format": "pt", manifests.KEY: record}
     if aliases:
         header[_ALIASES] = json.dumps(aliases)
-    save_file(state, str(path), metadata=header)
+    try:
+        save_file(state, str(path), metadata=header)
+    except SafetensorError as error:  # its own class for what elsewhere is an OSError
+        raise OSError(f"{path.name!r} cannot be written: {error}") from error
 
 
 def read_safetensors(path: PathLike) -> tuple[dict[str, Tensor], dict[str, Any] | None]:

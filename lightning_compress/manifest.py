@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextvars
 import hashlib
 import inspect
+import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -366,7 +367,9 @@ def strip(path: PathLike, to: PathLike | None = None) -> Path:
     checkpoint.pop("optimizer_states", None)  # positional: they no longer fit
     partial = target.with_name(target.name + ".partial")
     try:
-        torch.save(checkpoint, partial)
+        buffer = io.BytesIO()  # PyTorch's own file writer ends the whole process when the disk is full
+        torch.save(checkpoint, buffer)
+        partial.write_bytes(buffer.getbuffer())
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)  # what a full disk left of it
