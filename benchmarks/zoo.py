@@ -83,17 +83,30 @@ class Mixer(nn.Module):
         return self.head(self.norm(x).mean(1))
 
 
+class Detector(nn.Module):
+    """A detector that knows the truth in training mode, as the step of a training module does."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Any:
+        truth = {"boxes": images.new_tensor([[8.0, 8.0, 60.0, 60.0]]), "labels": torch.ones(1, dtype=torch.int64)}
+        return self.model(list(images), [truth for _ in images] if self.training else None)
+
+
 @dataclass
 class Entry:
     name: str
     build: Callable[[], nn.Module]
     size: int = 64
-    detection: bool = False
+    keep: float = 0.5
 
 
 @dataclass
 class Row:
     name: str
+    keep: float
     plan: CutPlan | None = None
     seconds: float = 0.0
     measured: float = 0.0
@@ -104,8 +117,8 @@ class Row:
 def zoo() -> list[Entry]:
     import torchvision.models as tv
 
-    def classifier(name: str, size: int = 64, **options: Any) -> Entry:
-        return Entry(name, lambda: getattr(tv, name)(weights=None, **options), size)
+    def classifier(name: str, size: int = 64, keep: float = 0.5, **options: Any) -> Entry:
+        return Entry(name, lambda: getattr(tv, name)(weights=None, **options), size, keep)
 
     return [
         classifier("resnet18"), classifier("resnet50"), classifier("resnext50_32x4d"), classifier("vgg16_bn"),
@@ -114,33 +127,23 @@ def zoo() -> list[Entry]:
         Entry("unet", UNet), Entry("mlp_mixer", Mixer),
         classifier("densenet121"), classifier("shufflenet_v2_x1_0"),
         classifier("googlenet", 96, init_weights=False, aux_logits=True), classifier("squeezenet1_1"),
-        classifier("swin_t"),
+        classifier("swin_t"), classifier("swin_t", keep=0.75),
         Entry("deeplabv3_resnet50",
               lambda: tv.segmentation.deeplabv3_resnet50(weights=None, weights_backbone=None, aux_loss=True)),
         Entry("fasterrcnn_mobilenet_v3_large_fpn",
-              lambda: tv.detection.fasterrcnn_mobilenet_v3_large_fpn(
-                  weights=None, weights_backbone=None, num_classes=3, min_size=96, max_size=96), 96, True),
+              lambda: Detector(tv.detection.fasterrcnn_mobilenet_v3_large_fpn(
+                  weights=None, weights_backbone=None, num_classes=3, min_size=96, max_size=96)), 96),
     ]  # fmt: skip
 
 
 def call_for(entry: Entry) -> ExampleCall:
     images = torch.randn(2, 3, entry.size, entry.size, generator=torch.Generator().manual_seed(0))
-    return ExampleCall("", (list(images),) if entry.detection else (images,))
-
-
-def training_args(entry: Entry, call: ExampleCall) -> tuple[Any, ...]:
-    """A detector wants to know the truth in training mode."""
-    if not entry.detection:
-        return call.args
-    truth = {"boxes": torch.tensor([[8.0, 8.0, 60.0, 60.0]]), "labels": torch.ones(1, dtype=torch.int64)}
-    return (*call.args, [truth, truth])
+    return ExampleCall("", (images,))
 
 
 def count_macs(model: nn.Module, call: ExampleCall) -> float:
-    model.eval()
-    torch.backends.mha.set_fastpath_enabled(False)  # one fused operation that the counter does not know
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        call.run(model)
+    with FlopCounterMode(display=False) as counter:
+        model.eval()(*call.args)  # with gradients: fused attention is one operation that the counter does not know
     return counter.get_total_flops() / 2
 
 
@@ -158,11 +161,11 @@ def train_step(model: nn.Module, args: tuple[Any, ...]) -> list[str]:
 
 def examine(entry: Entry) -> Row:
     torch.manual_seed(0)
-    model, call, row = entry.build().train(), call_for(entry), Row(entry.name)
+    model, call, row = entry.build().train(), call_for(entry), Row(entry.name, entry.keep)
     try:
         dense = dense_reference(model, call)
         start = time.perf_counter()
-        row.plan = plan_cut(model, call, target=Budget(keep_macs=0.5), dense=dense)
+        row.plan = plan_cut(model, call, target=Budget(keep_macs=entry.keep), dense=dense)
         row.seconds = time.perf_counter() - start
     except CompressionError as error:
         row.refusal = str(error)
@@ -170,13 +173,13 @@ def examine(entry: Entry) -> Row:
     with surgery.edit(model, [row.plan.edit]):
         pass
     row.measured = count_macs(model, call)
-    row.faults = train_step(model, training_args(entry, call))
+    row.faults = train_step(model, call.args)
     return row
 
 
 def line(row: Row) -> str:
     if row.plan is None:
-        return f"| {row.name} | 50 | refused | | | {row.refusal} |"
+        return f"| {row.name} | {100 * row.keep:.0f} | refused | | | {row.refusal} |"
     plan = row.plan
     reasons = Counter(plan.skipped.values())
     first = {reason: next(k for k, r in plan.skipped.items() if r == reason) for reason in reasons}
@@ -187,7 +190,8 @@ def line(row: Row) -> str:
     got = f"{100 * plan.reached / plan.dense:.2f} ({100 * row.measured / plan.dense:.2f})"
     notes = "; ".join(plan.notes + row.faults)
     parameters = f"{plan.parameters[0] / 1e6:.2f} M -> {plan.parameters[1] / 1e6:.2f} M"
-    return f"| {row.name} | 50 | {got} | {parameters} | {row.seconds:.1f} | {kept}{'. ' if notes else ''}{notes} |"
+    last = ". ".join(filter(None, (kept, notes)))
+    return f"| {row.name} | {100 * row.keep:.0f} | {got} | {parameters} | {row.seconds:.1f} | {last} |"
 
 
 def main(names: Sequence[str]) -> None:
@@ -208,7 +212,7 @@ def main(names: Sequence[str]) -> None:
     text = [
         "# Model zoo: cut to half of the MACs",
         "",
-        "Each model is built with random weights in training mode, cut with `Budget(keep_macs=0.5)` in global scope,",
+        "Each model is built with random weights in training mode, cut with `Budget(keep_macs=...)` in global scope,",
         "checked against `torch.utils.flop_counter` (in parentheses), and takes one step of SGD afterwards. Batch 2 of",
         "64 x 64 pixels; 96 x 96 for GoogLeNet and Faster R-CNN, 224 x 224 for ViT.",
         "",

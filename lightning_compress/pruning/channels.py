@@ -133,7 +133,8 @@ def plan_cut(
         >>> from lightning_compress.pruning.budgets import Budget
         >>> from lightning_compress.pruning.channels import dense_reference, plan_cut
         >>> from lightning_compress.probe import ExampleCall
-        >>> model, call = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), ExampleCall("", (torch.ones(1, 4),))
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> call = ExampleCall("", (torch.ones(1, 4),))
         >>> plan = plan_cut(model, call, target=Budget(keep_macs=0.5), dense=dense_reference(model, call))
         >>> plan.widths, plan.reached / plan.dense
         ({'0': (8, 4)}, 0.5)

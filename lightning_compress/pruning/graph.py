@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from lightning_compress.errors import CompressionError
 from lightning_compress.pruning.graph_members import Side, is_producer, owns_plain_weight, sides_of, unfit_reason
 from lightning_compress.pruning.graph_trace import Axis, Link, Stopped, TensorGraph, Visit, axis_width, links, record
-from lightning_compress.pruning.untouched import untouched
+from lightning_compress.pruning.untouched import set_modes, untouched
 from lightning_compress.surgery import tensors_by_name
 from lightning_compress.targets import get_submodule_clean, named_modules_clean, named_parameters_clean
 
@@ -136,9 +136,7 @@ def trace(model: nn.Module, call: Call) -> ChannelGraph:
 
 
 def _trace_once(model: nn.Module, call: Call, slots: _Slots, *, evaluate: bool) -> None:
-    for module in model.modules():
-        if evaluate:
-            module.training = False
+    set_modes(model, evaluate)
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.requires_grad_(True)  # a frozen layer leaves no trace in the autograd graph
@@ -239,12 +237,13 @@ class _Slots:
         width = axis_width(link.tensor)
         every = np.arange(width)
         what, place = link.other
+        module: nn.Module | None = None
+        other, along = None, link.tensor[1]
         if isinstance(what, Visit):
             module, other = what.module, self._side.get((id(what.module), str(place)))
             along = what.channel_out if place == "out" else what.channel_in
-        else:
-            module, other = self._owners.get(id(what)), self._leaf_side(what, int(place))
-            along = int(place)
+        elif isinstance(what, nn.Parameter):
+            module, other = self._owners.get(id(what)), self._leaf_side(what, along)
         reason = None if module is None else unfit_reason(module)
         if module is None:
             reason = "it meets an input of the example call"

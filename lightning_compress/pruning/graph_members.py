@@ -137,7 +137,7 @@ def is_producer(module: nn.Module) -> bool:
 
 
 def owns_plain_weight(module: nn.Module) -> bool:
-    """True if ``weight`` (and ``bias``) are the module's own parameters, not computed by a parametrization or a hook."""
+    """True if the weight is the module's own parameter, not computed by a parametrization or a hook."""
     if hasattr(module, "parametrizations"):
         return False
     if not is_producer(module) and not isinstance(module, _BatchNorm):

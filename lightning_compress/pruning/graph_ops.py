@@ -7,6 +7,7 @@ followed exactly through permutations, reshapes, concatenations, splits, slices,
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -68,7 +69,7 @@ def _placed(dim: int, offset: int, length: int) -> Follow:
 
 
 def _spread(dim: int, stride: int) -> Follow:
-    """Input channel i is output channels i * stride ... (i + 1) * stride - 1, as when spatial positions are flattened."""
+    """Input channel i is output channels i * stride ... (i + 1) * stride - 1, as when positions are flattened."""
 
     def down(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return np.repeat(np.arange(len(x)), stride), (x[:, None] * stride + np.arange(stride)).ravel()
@@ -159,7 +160,8 @@ def _elementwise(fn: Any, position: int, output: int, dim: int, before: Shape, a
 
 
 def _mixed(fn: Any) -> str:
-    return f"its channels pass through {fn.name().removesuffix('0').removesuffix('Backward')}, which mixes them"
+    name = re.sub(r"Backward\d*$", "", fn.name())
+    return f"its channels pass through {name}, which mixes them"
 
 
 def _along(fn: Any, position: int, output: int, dim: int, before: Shape, after: Shape) -> Follow | Stop:

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -19,8 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_compress.pruning.graph import Call, Family, invoke
 from lightning_compress.pruning.graph_members import Side, attributes_of, sides_of
-from lightning_compress.pruning.untouched import tensor_leaves, untouched
-from lightning_compress.targets import clean_name
+from lightning_compress.pruning.untouched import seed, set_modes, tensor_leaves, untouched
+from lightning_compress.targets import clean_name, named_modules_clean
 
 Removed = Mapping[Side, np.ndarray]
 
@@ -79,16 +82,22 @@ class Rehearsal:
         self._dense = self._outputs({}, {})
         self.macs = 0.0
 
-    def fault(self, families: Sequence[Family], chosen: Sequence[np.ndarray]) -> str | None:
-        """Why this cut is wrong, or ``None`` if the example call proves nothing against it."""
+    def fault(self, families: Sequence[Family], chosen: Sequence[np.ndarray], count: bool = False) -> str | None:
+        """Why this cut is wrong, or ``None`` if the example call proves nothing against it.
+
+        Args:
+            families: The families.
+            chosen: Units to cut from each.
+            count: Whether to update `macs`; counting takes as long as running.
+        """
         removed = removed_by(families, chosen)
         if not removed:
             return None
         slices, attributes = slices_of(removed), new_attributes(self._model, removed)
         try:
-            with FlopCounterMode(display=False) as counter:
+            with FlopCounterMode(display=False) if count else nullcontext() as counter:
                 cut = self._outputs(slices, attributes)
-            self.macs = counter.get_total_flops() / 2
+            self.macs = self.macs if counter is None else counter.get_total_flops() / 2
             if self._trains:
                 self._outputs(slices, attributes, evaluate=False)
         except Exception as error:  # whatever the user's forward raises is the verdict on this cut
@@ -101,16 +110,19 @@ class Rehearsal:
 
     def blame(self, families: Sequence[Family], chosen: Sequence[np.ndarray]) -> dict[str, str]:
         """The families that do not fit, by bisection, with the reason."""
-        fault = self.fault(families, chosen)
-        if fault is None:
-            return {}
+        fault = self.fault(families, chosen, count=True)
+        return {} if fault is None else self._bisect(families, chosen, fault)
+
+    def _bisect(self, families: Sequence[Family], chosen: Sequence[np.ndarray], fault: str) -> dict[str, str]:
         if len(families) == 1:
             return {families[0].key: fault}
         half = len(families) // 2
-        left, right = self.blame(families[:half], chosen[:half]), self.blame(families[half:], chosen[half:])
-        if not left and not right:  # only together they do harm; keeping one half is enough
-            return {family.key: f"together with others: {fault}" for family in families[half:]}
-        return left | right
+        left, right = (families[:half], chosen[:half]), (families[half:], chosen[half:])
+        first = self.fault(*left)
+        # If the first half is sound, the fault lies in the second or in both together; keeping one is enough then.
+        second = self.fault(*right) if first is not None else fault
+        found = {} if first is None else self._bisect(*left, first)
+        return found if second is None else found | self._bisect(*right, second)
 
     def _outputs(
         self,
@@ -122,14 +134,12 @@ class Rehearsal:
     ) -> list[Tensor]:
         with untouched(self._model), torch.no_grad():
             kept_rows: dict[int, Tensor] = {}
-            if evaluate:
-                for module in self._model.modules():
-                    module.training = False
+            set_modes(self._model, evaluate)
             if deaf is not None:
                 _deafen(self._model, deaf, kept_rows)
             _replace(self._model, slices, attributes)
-            torch.manual_seed(0)
-            with _PartialLayerNorm(kept_rows):
+            seed(self._model)
+            with _PartialLayerNorm(kept_rows) if kept_rows else nullcontext():
                 return [t.detach().clone() for t in tensor_leaves(invoke(self._call, self._model))]
 
 
@@ -165,7 +175,7 @@ def _replace(
 
 def _deafen(model: nn.Module, removed: Removed, kept: dict[int, Tensor]) -> None:
     """Zero what the consumers read of the removed channels; normalisations over channels leave them out."""
-    holders = _holders(model)
+    holders, modules = _holders(model), dict(named_modules_clean(model))
     for side, gone in removed.items():
         index = torch.from_numpy(gone)
         if side.kind == "in" and not side.blocks:
@@ -176,8 +186,25 @@ def _deafen(model: nn.Module, removed: Removed, kept: dict[int, Tensor]) -> None
                     registry[local] = nn.Parameter(value)
         elif side.kind == "both":
             keep = torch.from_numpy(np.setdiff1d(np.arange(side.width), gone))
-            for name, _ in side.tensors[:1]:
-                kept[id(holders[name][0])] = keep
+            module = modules.get(side.layer)
+            if isinstance(module, nn.LayerNorm | nn.RMSNorm) and side.tensors:
+                kept[id(module.weight)] = keep
+            elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
+                module.register_forward_hook(partial(_partial_norm, keep))
+
+
+def _partial_norm(keep: Tensor, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    """The output of a layer or RMS normalisation without weights, of the kept channels only."""
+    plain = (nn.LayerNorm.forward, nn.RMSNorm.forward)
+    if not isinstance(module, nn.LayerNorm | nn.RMSNorm) or type(module).forward not in plain:
+        return output
+    keep = keep.to(output.device)
+    x = args[0].index_select(-1, keep)
+    if isinstance(module, nn.LayerNorm):
+        small = nn.functional.layer_norm(x, [len(keep)], eps=module.eps)
+    else:
+        small = nn.functional.rms_norm(x, [len(keep)], eps=module.eps)
+    return torch.zeros_like(output).index_copy_(-1, keep, small)
 
 
 class _PartialLayerNorm(TorchFunctionMode):
@@ -199,21 +226,22 @@ class _PartialLayerNorm(TorchFunctionMode):
             if keep is not None and len(call["normalized_shape"]) == 1:
                 x, keep = call["input"], keep.to(call["input"].device)
                 small = {k: call[k].index_select(0, keep) for k in ("weight", "bias") if call.get(k) is not None}
-                y = func(
-                    x.index_select(-1, keep), [len(keep)], **small, **({"eps": call["eps"]} if "eps" in call else {})
-                )
+                small |= {"eps": call["eps"]} if "eps" in call else {}
+                y = func(x.index_select(-1, keep), [len(keep)], **small)
                 return torch.zeros_like(x).index_copy_(-1, keep, y.to(x.dtype))
         return func(*args, **kwargs)
 
 
 def _disagreement(cut: Sequence[Tensor], deaf: Sequence[Tensor], dense: Sequence[Tensor]) -> str | None:
-    for small, silent, whole in zip(cut, deaf, dense, strict=False):
-        if silent.shape != whole.shape or not whole.is_floating_point() or not whole.numel():
+    for small, silent, whole in zip_longest(cut, deaf, dense[: len(cut)]):
+        if not silent.is_floating_point() or not silent.numel():
             continue
-        a, b, c = small.double(), silent.double(), whole.double()
+        # How many things a detector finds depends on its weights; then only the size of the output gives the scale.
+        same = whole is not None and whole.shape == silent.shape
+        a, b, c = small.double(), silent.double(), whole.double() if same else torch.zeros_like(silent).double()
         if not (a.isfinite().all() and b.isfinite().all()):
             continue  # nothing can be said about numbers that overflow
-        noise = 300 * torch.finfo(whole.dtype).eps * float(torch.maximum(b.abs().max(), c.abs().max()))
+        noise = 300 * torch.finfo(silent.dtype).eps * float(torch.maximum(b.abs().max(), c.abs().max()))
         error, effect = float((a - b).abs().max()), float((b - c).abs().max())
         if error > noise + 0.01 * effect:
             return (

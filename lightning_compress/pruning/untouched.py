@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,11 +45,10 @@ def untouched(model: nn.Module) -> Iterator[None]:
     flags = [(p, p.requires_grad) for p in model.parameters()]
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
     generators = (random.getstate(), np.random.get_state())
-    cuda = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     fast_path = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(False)
-        with torch.random.fork_rng(devices=cuda), torch.inference_mode(False), _eager():
+        with torch.random.fork_rng(devices=_cuda_devices(model)), torch.inference_mode(False), _eager():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
@@ -69,8 +69,34 @@ def _eager() -> Iterator[None]:
     if "torch._dynamo" not in sys.modules:
         yield
         return
-    with torch.compiler.set_stance("force_eager"):
+    with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+        # The FLOP counter's hooks are global, which a compiled module mentions although it runs eagerly here.
+        warnings.filterwarnings("ignore", message=".*there are global hooks on modules")
         yield
+
+
+def set_modes(model: nn.Module, evaluate: bool) -> None:
+    """Inside `untouched`: evaluation mode, or the present modes without what would wait for other processes.
+
+    Args:
+        model: The model.
+        evaluate: Put every module into evaluation mode.
+    """
+    for module in model.modules():
+        # A cut is planned on one rank only, where synchronised batch normalisation would hang.
+        if evaluate or isinstance(module, nn.SyncBatchNorm):
+            module.training = False  # not `eval()`, which runs code of the user
+
+
+def seed(model: nn.Module) -> None:
+    """Inside `untouched`: start the generators of the CPU and of the model's devices, and of no other, from 0."""
+    torch.default_generator.manual_seed(0)
+    for device in _cuda_devices(model):
+        torch.cuda.default_generators[device].manual_seed(0)
+
+
+def _cuda_devices(model: nn.Module) -> list[int]:
+    return sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
 
 
 def _shallow(namespace: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -1,152 +1,15 @@
-"""A planned cut: equal to a masked network, on target, and a pure function of the model."""
-
-import copy
-import sys
-from pathlib import Path
+"""A planned cut: equal to a masked network, and a pure function of the model."""
 
 import pytest
 import torch
 import torchvision
+from channel_nets import IMAGE, NETS, ResidualNet, apply, awake, cut_copy, macs, plan, sequence, silence, zoo
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_compress import surgery
 from lightning_compress.errors import CompressionError
-from lightning_compress.probe import ExampleCall
-from lightning_compress.pruning.budgets import Budget, DenseReference
-from lightning_compress.pruning.channels import dense_reference, plan_cut
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-import zoo
-
-torch.set_num_threads(1)
-IMAGE = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-
-
-def plan(model, x, **options):
-    call = ExampleCall("", (x,))
-    options = {"target": Budget(keep_macs=0.5), "dense": options.pop("dense", None), **options}
-    options["dense"] = options["dense"] or dense_reference(model, call)
-    return plan_cut(model, call, **options)
-
-
-def apply(model, cut):
-    with surgery.edit(model, [cut.edit]):
-        return model
-
-
-def cut_copy(model, cut):
-    return apply(copy.deepcopy(model), cut)
-
-
-def macs(model, x):
-    with FlopCounterMode(display=False) as counter:
-        model(x)
-    return counter.get_total_flops() / 2
-
-
-def awake(model):
-    """Give norms and biases values that show when a wrong channel is used."""
-    generator = torch.Generator().manual_seed(1)
-    for module in model.modules():
-        for name in ("weight", "bias", "running_mean"):
-            tensor = getattr(module, name, None)
-            if isinstance(tensor, torch.Tensor) and tensor.dim() == 1:
-                tensor.data.add_(0.3 * torch.randn(tensor.shape, generator=generator))
-    return model
-
-
-@torch.no_grad()
-def silence(model, cut):
-    """The masked network: everything that produces or scales a removed channel is exactly zero."""
-    model = copy.deepcopy(model)
-    named = surgery.tensors_by_name(model)
-    for name, dims in cut.edit["slices"].items():
-        owner = model.get_submodule(name.rpartition(".")[0])
-        if "running" in name:
-            continue
-        out = "1" if isinstance(owner, nn.ConvTranspose2d) and named[name].dim() > 1 else "0"
-        if out in dims:
-            gone = torch.ones(named[name].shape[int(out)], dtype=torch.bool)
-            gone[dims[out]] = False
-            named[name].index_fill_(int(out), gone.nonzero().ravel(), 0)
-    return model
-
-
-# ------------------------------------------------------------------------------------------------------- small nets
-class ResidualNet(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.stem, self.bn0 = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16)
-        self.a, self.bn1 = nn.Conv2d(16, 24, 3, padding=1, bias=False), nn.BatchNorm2d(24)
-        self.b, self.bn2 = nn.Conv2d(24, 16, 3, padding=1), nn.BatchNorm2d(16)
-        self.head = nn.Linear(16, 5)
-
-    def forward(self, x):
-        x = torch.relu(self.bn0(self.stem(x)))
-        x = torch.relu(x + self.bn2(self.b(torch.relu(self.bn1(self.a(x))))))
-        return self.head(x.mean((2, 3)))
-
-
-class DenseNet(nn.Module):
-    """Each layer reads the concatenation of all before it."""
-
-    def __init__(self):
-        super().__init__()
-        self.stem = nn.Conv2d(3, 8, 3, padding=1)
-        self.norms = nn.ModuleList(nn.BatchNorm2d(8 + 8 * i) for i in range(3))
-        self.layers = nn.ModuleList(nn.Conv2d(8 + 8 * i, 8, 3, padding=1, bias=False) for i in range(3))
-        self.head = nn.Linear(32, 5)
-
-    def forward(self, x):
-        features = [self.stem(x)]
-        for norm, layer in zip(self.norms, self.layers, strict=True):
-            features.append(layer(torch.relu(norm(torch.cat(features, 1)))))
-        return self.head(torch.cat(features, 1).mean((2, 3)))
-
-
-def sequence(*layers):
-    return nn.Sequential(*layers)
-
-
-def grouped_net():
-    return sequence(
-        nn.Conv2d(3, 32, 1), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1, groups=8), nn.ReLU(),
-        nn.Conv2d(32, 16, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5),
-    )  # fmt: skip
-
-
-def separable_net():
-    return sequence(
-        nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU6(),
-        nn.Conv2d(16, 16, 3, padding=1, groups=16, bias=False), nn.BatchNorm2d(16), nn.ReLU6(),
-        nn.Conv2d(16, 32, 1), nn.BatchNorm2d(32), nn.ReLU6(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 5),
-    )  # fmt: skip
-
-
-def flatten_net():
-    return sequence(
-        nn.Conv2d(3, 16, 3, stride=4), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 16, 32), nn.ReLU(), nn.Linear(32, 5)
-    )
-
-
-def transposed_net():
-    return sequence(
-        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.ConvTranspose2d(16, 24, 2, 2), nn.BatchNorm2d(24), nn.ReLU(),
-        nn.ConvTranspose2d(24, 24, 3, padding=1, groups=6), nn.ReLU(), nn.Conv2d(24, 2, 1),
-    )  # fmt: skip
-
-
-NETS = {
-    "residual": ResidualNet,
-    "dense": DenseNet,
-    "grouped": grouped_net,
-    "separable": separable_net,
-    "flatten": flatten_net,
-    "transposed": transposed_net,
-    "unet": lambda: zoo.UNet(8),
-}
+from lightning_compress.pruning.budgets import Budget
 
 
 @pytest.fixture(params=NETS)
@@ -272,6 +135,18 @@ def test_frozen_flags_modes_and_buffers_follow():
     optimizer.step()
 
 
+def test_synchronised_norms_do_not_wait_for_other_ranks():
+    """In training mode they would gather statistics, and a cut is planned on one rank."""
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(awake(ResidualNet()))
+    modes = []
+    model.bn1.register_forward_pre_hook(lambda m, _: modes.append(m.training))
+    cut = plan(model, IMAGE)
+    assert cut.widths
+    assert modes
+    assert not any(modes)
+    assert model.bn1.training
+
+
 def test_ties_stay_ties():
     class Tied(nn.Module):
         def __init__(self):
@@ -296,83 +171,6 @@ def test_compiled_parts_are_planned_eagerly_under_clean_names():
     model = sequence(nn.Conv2d(3, 8, 3), torch.compile(sequence(nn.ReLU(), nn.Conv2d(8, 8, 3))), nn.Conv2d(8, 2, 3))
     cut = plan(model, IMAGE)
     assert set(cut.widths) == {"0", "1.1"}
-
-
-# ---------------------------------------------------------------------------------------------------------- budgets
-def test_several_events_do_not_compound():
-    torch.manual_seed(0)
-    model = awake(torchvision.models.resnet18(weights=None, num_classes=10))
-    x = torch.randn(1, 3, 32, 32)
-    dense = dense_reference(model, ExampleCall("", (x,)))
-    dense = DenseReference.from_dict(dense.to_dict())
-    for progress in (0.5, 1.0):
-        cut = plan(model, x, dense=dense, target=Budget(keep_macs=0.6).at(progress))
-        apply(model, cut)
-        wanted = 1 - 0.4 * progress
-        assert wanted - 0.02 <= macs(model.eval(), x) / dense.macs <= wanted
-    assert not plan(model, x, dense=dense, target=Budget(keep_macs=0.6)).edit["slices"]
-
-
-def test_ratio_is_relative_to_the_dense_widths():
-    torch.manual_seed(0)
-    model = ResidualNet()
-    dense = dense_reference(model, ExampleCall("", (IMAGE,)))
-    for ratio in (0.25, 0.5, 0.5):
-        cut = plan(model, IMAGE, dense=dense, target=Budget(ratio=ratio), scope="local")
-        apply(model, cut)
-        assert (model.stem.out_channels, model.a.out_channels) == (16 - 16 * ratio, 24 - 24 * ratio)
-    torch.manual_seed(0)
-    model = ResidualNet()
-    for ratio in (0.25, 0.5):
-        apply(model, plan(model, IMAGE, dense=dense, target=Budget(ratio=ratio)))
-        assert model.stem.out_channels + model.a.out_channels == 40 * (1 - ratio)
-
-
-@pytest.mark.parametrize("scope", ["global", "local"])
-def test_parameters_are_counted(scope):
-    torch.manual_seed(0)
-    model = ResidualNet()
-    total = sum(p.numel() for p in model.parameters())
-    cut = plan(model, IMAGE, target=Budget(keep_parameters=0.5), scope=scope)
-    left = sum(p.numel() for p in apply(model, cut).parameters())
-    assert left == cut.parameters[1] == cut.reached
-    assert 0.46 * total <= left <= 0.5 * total
-
-
-def test_widths_are_rounded_and_relaxed_only_where_needed():
-    torch.manual_seed(0)
-    model = torchvision.models.resnet18(weights=None)
-    cut = plan(model, torch.randn(1, 3, 32, 32))
-    assert all(after % 8 == 0 for _, after in cut.widths.values())
-    model = sequence(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 2, 3))
-    cut = plan(model, IMAGE, target=Budget(keep_macs=0.55))
-    assert cut.widths == {"0": (64, 34)}
-    assert any("not a multiple of 8" in note for note in cut.notes)
-
-
-def test_coarse_units_reach_the_nearest_value_below():
-    model = sequence(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=2), nn.Conv2d(8, 2, 1))
-    cut = plan(model, IMAGE, target=Budget(keep_macs=0.7))
-    assert cut.reached == cut.dense / 2
-    assert any("nearest reachable" in note for note in cut.notes)
-
-
-def test_no_layer_is_emptied():
-    torch.manual_seed(0)
-    model = ResidualNet()
-    cut = plan(model, IMAGE, target=Budget(keep_macs=0.02))
-    assert all(after >= 1 for _, after in cut.widths.values())
-    cut = plan(model, IMAGE, target=Budget(keep_macs=0.3), min_channels=6)
-    assert all(after >= 6 for _, after in cut.widths.values())
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"keep_macs": 0.5, "ratio": 0.5}, {"keep_macs": 0.0}, {"keep_parameters": 1.5}, {"ratio": 1.0}],
-)
-def test_budgets_out_of_range(options):
-    with pytest.raises(ValueError, match="exactly one|must lie in"):
-        Budget(**options)
 
 
 # --------------------------------------------------------------------------------------------------------- refusals
@@ -430,6 +228,17 @@ def test_rehearsal_keeps_what_a_fixed_shape_needs():
     cut = plan(model, x, target=Budget(keep_macs=0.8))
     assert set(cut.widths) == {"out"}
     assert "qkv" in cut.skipped
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
+def test_norms_over_channels_follow(norm, affine):
+    torch.manual_seed(0)
+    model = sequence(nn.Linear(8, 32), norm(32, elementwise_affine=affine), nn.GELU(), nn.Linear(32, 3))
+    cut = plan(model, torch.randn(4, 8))
+    assert cut.widths == {"0": (32, 16)}
+    assert tuple(apply(model, cut)[1].normalized_shape) == (16,)
+    assert model(torch.randn(4, 8)).shape == (4, 3)
 
 
 def test_rehearsal_finds_a_wrong_guess():
