@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 # The order in which techniques act at one moment, whatever the order of the Trainer's list.
 STRUCTURE, MASKS, FAKE_QUANT, DISTILLATION, AUDIT, REPORT = range(6)
 
+# Methods of the module that Lightning puts on every callback: a copy of a callback is not to bring the model along.
+_OF_LIGHTNING = ("log", "log_dict")
+
 
 class CompressionCallback(L.Callback):
     """Base of all callbacks of this package.
@@ -148,6 +151,14 @@ class CompressionCallback(L.Callback):
                 f"the state of {self.name} in the checkpoint cannot be read ({type(error).__name__}: {error}); it is "
                 "damaged or of another version. To start afresh from its weights, use lightning_compress.load"
             ) from error
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in _OF_LIGHTNING}
+
+    def let_go(self) -> None:
+        """Forget the module of the fit that ended."""
+        for name in _OF_LIGHTNING:
+            self.__dict__.pop(name, None)
 
     # ------------------------------------------------------------------------------------------------ Lightning's hooks
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -75,6 +75,7 @@ class Coordinator:
         self._max_steps = trainer.max_steps
         self._held = interplay.HeldEarlyStopping(trainer)
         self._setup: surgery.Journal | None = surgery.Journal()  # how to undo what was done before training began
+        self._recorded, self._leaves_record = False, True
         self.closed = False
 
     # ------------------------------------------------------------------------------------------------------ lifetime
@@ -110,6 +111,7 @@ class Coordinator:
         for name, hook in (("on_save_checkpoint", SaveHook), ("on_load_checkpoint", LoadHook)):
             previous = self.pl_module.__dict__.get(name)
             if isinstance(previous, _Hook):
+                self._recorded = True
                 previous.remove()  # left by an earlier fit, so that the manifest got into later checkpoints
             self.add_hook(hook(self.pl_module, name, self))
         try:
@@ -119,7 +121,7 @@ class Coordinator:
                         technique.reset()
                 self.adapter.in_step(self._check)
         except BaseException:
-            self.close()
+            self.fail()
             raise
         self.add_hook(SetupHook(self.pl_module, "setup", self))
 
@@ -194,6 +196,7 @@ class Coordinator:
         if not self.closed and self._setup is not None and not self.adapter.is_sharded:
             self.masking.detach_soft()  # from the layers of now
             self._setup.undo()
+            self._leaves_record = self._recorded
             self.masking.packed = dict(self.pl_module.__dict__.get(MASKS, {}))
         self.close()
 
@@ -205,6 +208,7 @@ class Coordinator:
         with contextlib.ExitStack() as last_first:  # one that fails does not keep the others from being undone
             last_first.callback(self._take_off_hooks)
             for technique in self.techniques:
+                last_first.callback(technique.let_go)
                 last_first.callback(technique.close, self)
             last_first.callback(self.masking.detach_soft)
             last_first.callback(self.pipeline.uninstall)
@@ -216,7 +220,7 @@ class Coordinator:
         changed = bool(manifest.edits_of(self.pl_module)) or bool(self.masking.packed)
         for hook in reversed(self._hooks):
             hook.remove()
-        if changed:
+        if changed and self._leaves_record:
             self._leave_record()
         if _RUNS.get(self.trainer) is self:
             del _RUNS[self.trainer]

@@ -81,6 +81,9 @@ class Distillation(CompressionCallback):
         wrong = next((term for term in self.losses if not isinstance(term, LossTerm)), None)
         if wrong is not None:
             raise TypeError(f"losses is a list of loss terms, such as [KD(temperature=4.0)]; got {wrong!r} in it")
+        names = [term.name for term in self.losses]
+        if len(set(names)) < len(names):
+            raise ValueError(f"losses {names} share a name, and logs are kept by name; give each its own with name=")
         if not self.losses:
             raise ValueError("losses is empty, so nothing would be distilled; leave it out for plain KD")
         if "." in self.name:
