@@ -73,6 +73,9 @@ def pattern_keep_mask(
         remove = round(sparsity * _total(scores.numel(), scores, ranks))
         mask = keep_masks([scores], remove, ranks, already=[already], names=[name])[0]
     else:
+        nan = torch.tensor([int(scores.isnan().any())], device=scores.device)
+        if int(ranks.reduce(nan, "sum")):  # also where it would not be seen: in what is masked, among the largest
+            raise _has_nan([name])
         scores_OIP = canonical(scores, pattern, out_dim, name)
         kept = None if already is None else canonical(already, pattern, out_dim, name)
         if pattern.kind == "n:m":
@@ -222,6 +225,9 @@ def _global_units(
     rows: list[tuple[Tensor, Tensor | None, int, str]], pattern: Pattern, sparsity: float
 ) -> list[Tensor]:
     """Masks of rows, columns, filters or blocks; a row is (scores, earlier mask, out_dim, name)."""
+    bad = [label for score, _, _, label in rows if bool(score.isnan().any())]
+    if bad:  # also in what is masked already
+        raise _has_nan(bad)
     shapes, sizes, units = [], [], []
     for score, mask, dim, label in rows:
         scores_OIP = canonical(score.detach(), pattern, dim, label)
@@ -295,9 +301,6 @@ def _n_m(
             f"pattern {pattern} groups the input dimension, over which {name} is sharded ({ranks.size} ranks): "
             "shard another dimension, or exclude it"
         )
-    nan = torch.tensor([int(scores_OIP.isnan().any())], device=scores_OIP.device)
-    if int(ranks.reduce(nan, "sum")):  # sorting would take NaN for the largest and keep it
-        raise _has_nan([name])
     n, m = pattern.sizes
     outs, ins, positions = scores_OIP.shape
     dtype = torch.float64 if scores_OIP.dtype == torch.float64 else torch.float32
