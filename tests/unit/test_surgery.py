@@ -1,65 +1,17 @@
-"""An edit carries everything that depends on the model, or changes nothing at all."""
+"""An edit carries the optimizers' state and everything that hangs on the model's tensors."""
 
 from __future__ import annotations
-
-import copy
-import pickle
 
 import pytest
 import splitting  # registers an edit kind
 import torch
 import torch.nn.functional as F
+from dead_channels import KEEP, build, cut, data, train
 from torch import Tensor, nn
 
 from lightning_compress import manifest, surgery
 from lightning_compress.errors import CompressionError
 from lightning_compress.surgery import Journal, edit, slice_tensors
-
-DEAD = [1, 4, 5]
-KEEP = torch.tensor([i for i in range(8) if i not in DEAD])
-
-
-# -- a model with dead channels, and the edit that cuts them
-
-
-def build(norm: bool = False, dtype: torch.dtype = torch.float64) -> nn.Sequential:
-    """Conv (8 filters, some dead) -> [norm] -> ReLU -> conv -> pool -> linear."""
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(2, 8, 3, padding=1), nn.BatchNorm2d(8) if norm else nn.Identity(), nn.ReLU(),
-        nn.Conv2d(8, 3, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2),
-    ).to(dtype)  # fmt: skip
-    with torch.no_grad():
-        for tensor in (model[0].weight, model[0].bias, *((model[1].weight, model[1].bias) if norm else ())):
-            tensor[DEAD] = 0
-        model[3].weight[:, DEAD] = 0  # nothing comes back through them, so that they stay dead
-    return model
-
-
-def cut(norm: bool = False, prefix: str = "", kept: Tensor = KEEP) -> dict:
-    slices = {"0.weight": {"0": kept}, "0.bias": {"0": kept}, "3.weight": {"1": kept}}
-    attributes = {"0": {"out_channels": len(kept)}, "3": {"in_channels": len(kept)}}
-    if norm:
-        slices |= {f"1.{name}": {"0": kept} for name in ("weight", "bias", "running_mean", "running_var")}
-        attributes["1"] = {"num_features": len(kept)}
-    return {
-        "kind": "channels.cut",
-        "slices": {prefix + name: dims for name, dims in slices.items()},
-        "attributes": {prefix + name: values for name, values in attributes.items()},
-    }
-
-
-def data() -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    return torch.randn(6, 2, 5, 5, generator=generator, dtype=torch.float64), torch.arange(6) % 2
-
-
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
-    x, y = data()
-    for _ in range(steps):
-        optimizer.zero_grad()
-        F.cross_entropy(model(x), y).backward()
-        optimizer.step()
 
 
 def grouped(model: nn.Module, cls: type[torch.optim.Optimizer], **options) -> torch.optim.Optimizer:
@@ -379,150 +331,3 @@ def test_replacing_a_module_keeps_mode_device_and_dtype():
     assert model[6].weight.dtype == torch.float64
     with pytest.raises(CompressionError, match="which this model does not have"):
         surgery.replace_module(model, "7", nn.Linear(3, 2), [], Journal())
-
-
-# -- refusals
-
-
-@pytest.mark.parametrize(
-    ("slices", "attributes", "message"),
-    [
-        ({"9.weight": {"0": KEEP}}, {}, r"does not have: '9.weight'; is it the same model\?"),
-        ({"0.weight": {"4": KEEP}}, {}, r"dimension 4 cannot be cut"),
-        ({"0.weight": {"0": torch.tensor([8])}}, {}, r"largest 8"),
-        ({"0.weight": {"0": torch.tensor([], dtype=torch.int64)}}, {}, r"to the 0 recorded indices"),
-        ({}, {"9": {"out_channels": 1}}, r"modules that this model does not have: \['9'\]"),
-    ],
-)
-def test_an_edit_of_another_model_changes_nothing(slices, attributes, message):
-    model = build()
-    before = state_of(model)
-    wrong = {"kind": "channels.cut", "slices": slices, "attributes": attributes}
-    with pytest.raises(CompressionError, match=message), edit(model, [cut(), wrong]):
-        pass
-    assert_same(before, state_of(model))
-
-
-def test_an_unknown_kind_names_the_known_ones():
-    with pytest.raises(CompressionError, match=r"kind 'cheese.cut', which this version .* does not know"):
-        surgery.apply_edit(build(), {"kind": "cheese.cut"}, Journal())
-
-
-# -- undo
-
-
-def state_of(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict:
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    state = {
-        "objects": {name: (id(t), t.detach().clone(), t.requires_grad) for name, t in tensors.items()},
-        "plain": {
-            (name, key): value for name, module in model.named_modules() for key, value in vars(module).items()
-            if isinstance(value, (int, bool, str))
-        },
-        "modules": [id(module) for module in model.modules()],
-        "log": manifest.edits_of(model),
-    }  # fmt: skip
-    if optimizer is not None:
-        state["groups"] = [
-            {k: [id(p) for p in v] if k == "params" else copy.copy(v) for k, v in group.items()}
-            for group in optimizer.param_groups
-        ]
-        state["lists"] = [id(group["params"]) for group in optimizer.param_groups]
-        state["state"] = {
-            id(p): {k: v.clone() if isinstance(v, Tensor) else v for k, v in values.items()}
-            for p, values in optimizer.state.items()
-        }
-    return state
-
-
-def assert_same(before: object, after: object) -> None:
-    if isinstance(before, Tensor):
-        assert torch.equal(before, after)
-    elif isinstance(before, dict):
-        assert before.keys() == after.keys()
-        for key, value in before.items():
-            assert_same(value, after[key])
-    elif isinstance(before, (list, tuple)):
-        assert len(before) == len(after)
-        for one, other in zip(before, after, strict=True):
-            assert_same(one, other)
-    else:
-        assert before == after
-
-
-class Refuses:
-    def follow(self, swaps, journal):
-        raise CompressionError("no")
-
-
-@pytest.mark.parametrize("error", [CompressionError, RuntimeError, KeyboardInterrupt, SystemExit])
-@pytest.mark.parametrize("kind", ["cut", "split"])
-def test_an_exception_undoes_everything_bit_for_bit(error, kind):
-    model = build(norm=True)
-    optimizer = torch.optim.AdamW(model.named_parameters(), lr=0.01, amsgrad=True)
-    train(model, optimizer, 2)
-    reference, other = copy.deepcopy((model, optimizer))
-    before = state_of(model, optimizer)
-    edits = [cut(norm=True)] if kind == "cut" else [{"kind": splitting.KIND, "module": "6", "rank": 1}, cut(norm=True)]
-
-    def interrupted() -> None:
-        journal = Journal()
-        with edit(model, edits, [optimizer], journal=journal):
-            manifest.record(model, edits, journal)
-            assert len(manifest.edits_of(model)) == len(edits)
-            raise error("in the middle")
-
-    with pytest.raises(error, match="in the middle"):
-        interrupted()
-    assert_same(before, state_of(model, optimizer))
-    train(model, optimizer, 2)
-    train(reference, other, 2)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), reference.parameters(), strict=True))
-
-
-def test_a_follower_that_refuses_undoes_everything():
-    model = build()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    train(model, optimizer, 1)
-    before = state_of(model, optimizer)
-    with pytest.raises(CompressionError, match="no"), edit(model, [cut()], [optimizer], [Refuses()]):
-        pass
-    assert_same(before, state_of(model, optimizer))
-
-
-def test_undo_goes_backwards_through_everything_noted():
-    journal, box = Journal(), nn.Module()
-    order, target = [], [1, 2]
-    journal.on_undo(lambda: order.append("first"))
-    journal.set_attribute(box, "width", 1)
-    journal.set_attribute(box, "width", 2)
-    journal.set_item(box.__dict__, "new", 3)
-    journal.set_list(target, [5])
-    journal.on_undo(lambda: order.append("last"))
-    assert (box.width, box.new, target) == (2, 3, [5])
-    journal.undo()
-    assert not hasattr(box, "width")
-    assert "new" not in vars(box)
-    assert target == [1, 2]
-    assert order == ["last", "first"]
-    journal.undo()
-    assert order == ["last", "first"]
-
-
-def test_an_undo_that_fails_does_not_keep_the_others_from_being_undone():
-    journal, done = Journal(), []
-    journal.on_undo(lambda: done.append("model"))
-    journal.on_undo(lambda: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        journal.undo()
-    assert done == ["model"]
-
-
-def test_state_maps_are_picklable():
-    model = build()
-    with edit(model, [cut()]) as transaction:
-        pass
-    swap = next(s for s in transaction.swaps if s.name == "0.weight")
-    copied = pickle.loads(pickle.dumps(swap.new[0].state_map))
-    assert torch.equal(copied(swap.old), swap.new[0].tensor)
-    assert torch.equal(swap.keep[0], KEEP)
