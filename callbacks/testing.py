@@ -95,6 +95,36 @@ def tiny_loader(batch_size: int = 16, samples: int = 64, world_size: int = 1, ra
     return DataLoader(data, batch_size // world_size, sampler=sampler)
 
 
+class TinyData(L.LightningDataModule):
+    """`tiny_data` to train, validate and test on, for recipes.
+
+    Args:
+        batch_size: Samples in a batch.
+        samples: Samples of each part.
+    """
+
+    def __init__(self, batch_size: int = 16, samples: int = 64) -> None:
+        super().__init__()
+        self.batch_size, self.samples = batch_size, samples
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Shuffled."""
+        return DataLoader(tiny_data(self.samples), batch_size=self.batch_size, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Other samples."""
+        return DataLoader(tiny_data(self.samples, seed=1), batch_size=self.batch_size)
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Others again."""
+        return DataLoader(tiny_data(self.samples, seed=2), batch_size=self.batch_size)
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """The images to test on, without classes."""
+        images: Any = tiny_data(self.samples, seed=2).tensors[0]
+        return DataLoader(images, batch_size=self.batch_size)
+
+
 class ResumableLoader:
     """Shuffled batches whose position and order can be saved: what exact resume in mid-epoch needs.
 

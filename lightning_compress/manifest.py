@@ -266,7 +266,17 @@ def _is_auxiliary(key: str) -> bool:
 
 
 def without_auxiliary(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A state dict without the modules that exist only during training."""
+    """A state dict without the modules that exist only during training.
+
+    Example:
+        >>> import tempfile
+        >>> import torch
+        >>> import lightning_compress as lc
+        >>> path = tempfile.mkdtemp() + "/last.ckpt"
+        >>> torch.save({"state_dict": {"net.weight": torch.ones(1), "_lc_kd.weight": torch.ones(1)}}, path)
+        >>> list(torch.load(lc.strip(path), weights_only=True)["state_dict"])
+        ['net.weight']
+    """
     return {k: v for k, v in state.items() if not _is_auxiliary(k)}
 
 
@@ -317,6 +327,20 @@ def load_from_checkpoint(cls: type[ModuleT], path: PathLike, **kwargs: Any) -> M
     Raises:
         CompressionError: If the checkpoint cannot be read or does not fit.
         TypeError: If `cls` is no LightningModule class.
+
+    Example:
+        >>> import tempfile
+        >>> import lightning as L
+        >>> import lightning_compress as lc
+        >>> from lightning_compress.callbacks import Pruning
+        >>> from lightning_compress.callbacks.testing import TinyNet, tiny_loader
+        >>> quiet = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        >>> path = tempfile.mkdtemp() + "/sparse.ckpt"
+        >>> trainer = L.Trainer(fast_dev_run=2, callbacks=[Pruning(0.5)], **quiet)
+        >>> trainer.fit(TinyNet(), tiny_loader())
+        >>> trainer.save_checkpoint(path)
+        >>> type(lc.load_from_checkpoint(TinyNet, path)).__name__
+        'TinyNet'
     """
     if not inspect.isclass(cls) or not callable(getattr(cls, "load_from_checkpoint", None)):
         raise TypeError(f"cls is a LightningModule class, not {cls!r:.80}; for a plain module there is `load`")
@@ -391,6 +415,13 @@ def materialize(module: ModuleT) -> ModuleT:
 
     Returns:
         The same module.
+
+    Example:
+        >>> import torch
+        >>> import lightning_compress as lc
+        >>> net = torch.nn.Linear(2, 2)  # in `configure_model`, right before `fully_shard(net)`
+        >>> lc.materialize(net) is net
+        True
     """
     pending = _pending.get()
     if pending is not None:

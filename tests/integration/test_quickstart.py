@@ -29,7 +29,7 @@ def test_quickstart_compresses_saves_and_exports(example, tmp_path, capsys):
 
     assert 0.9 * 0.34 < rows["macs"][1] / rows["macs"][0] <= 0.35
     assert rows["nonzeros"][1] < 0.55 * rows["parameters"][1] < 0.55 * rows["parameters"][0]
-    assert rows["low"][1] < rows["accuracy"][1] < rows["high"][1]
+    assert rows["95 % interval, low"][1] < rows["accuracy"][1] < rows["95 % interval, high"][1]
 
     printed = capsys.readouterr()
     assert "ChannelPruning: macs" in printed.out

@@ -107,7 +107,7 @@ def test_copies_and_pickles_keep_their_transforms_and_share_nothing():
 def test_other_layers_are_refused_with_a_way_out():
     class Mine(nn.Linear):
         def forward(self, x):
-            return x @ self.weight.T ** 2
+            return x @ self.weight.T**2
 
     for layer in (Mine(2, 2), nn.LSTM(2, 2), nn.Bilinear(2, 2, 2)):
         with pytest.raises(CompressionError, match=f"type {type(layer).__name__} cannot compute .* mode='hard'"):
