@@ -63,11 +63,13 @@ def _short_names() -> list[str]:
 
     from lightning_compress.terms import LossTerm
 
-    return sorted({cls.__name__ for base in (L.Callback, LossTerm) for cls in _subclasses(base)})
+    bases: tuple[type, ...] = (L.Callback, LossTerm)
+    return sorted({cls.__name__ for base in bases for cls in _subclasses(base)})
 
 
 def _subclasses(base: type) -> Iterator[type]:
-    for cls in base.__subclasses__():
+    direct: list[type] = base.__subclasses__()
+    for cls in direct:
         yield cls
         yield from _subclasses(cls)
 
