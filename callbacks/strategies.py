@@ -101,18 +101,16 @@ def kind_of(strategy: object) -> Kind:
 def requested_checkpoint(trainer: L.Trainer) -> str | None:
     """The checkpoint that `fit`, `validate`, `test` or `predict` was asked to load, during `setup`.
 
-    `trainer.ckpt_path` is filled only later unless the user assigned it; until then the path is a local variable of
-    ``Trainer._run``, found by that function's code object.
+    `trainer.ckpt_path` is filled only later, and still holds the path of the stage before; until then the path is a
+    local variable of ``Trainer._run``, found by that function's code object. What the user assigned is in it too.
     """
-    if trainer.ckpt_path:
-        return str(trainer.ckpt_path)
     code, frame = type(trainer)._run.__code__, sys._getframe()
     while frame is not None:
         if frame.f_code is code:
             path = frame.f_locals.get("ckpt_path")
             return None if path is None else str(path)
         frame = frame.f_back  # type: ignore[assignment]
-    return None
+    return str(trainer.ckpt_path) if trainer.ckpt_path else None
 
 
 def uses_spawn(trainer: L.Trainer) -> bool:
