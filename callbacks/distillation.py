@@ -112,7 +112,7 @@ class Distillation(CompressionCallback):
 
     def needs_unedited_copy(self) -> bool:
         """A path and ``"initial"`` are filled into a copy of the module as the user built it."""
-        return not isinstance(self.teacher, nn.Module)
+        return self._root is None and not isinstance(self.teacher, nn.Module)
 
     # ------------------------------------------------------------------------------------------------------ life
     def check(self, run: Coordinator) -> None:
@@ -137,7 +137,7 @@ class Distillation(CompressionCallback):
     def attach(self, run: Coordinator) -> None:
         """Build the teacher and put the taps on the student, before its first forward pass."""
         student_name, student = find_student_module(run.pl_module, self.student)
-        if self._root is None or not self.is_initial:
+        if self._root is None:  # this Trainer may go on with the teacher that it had
             self._root = self._build(run)
         part = resolve_teacher_module(self._root, student_name, run.pl_module)
         if part is student:
@@ -273,6 +273,7 @@ class Distillation(CompressionCallback):
                 f"({differs[0]!r} has another shape); pass a checkpoint path or a module as teacher"
             )
         self._root.load_state_dict(state, strict=True)
+        self._restored = None
 
     def batch_end(self, run: Coordinator) -> None:
         """Log each term, not weighted."""
@@ -289,7 +290,9 @@ class Distillation(CompressionCallback):
     def state_dict(self) -> dict[str, Any]:
         """The teacher's fingerprint; of an initial teacher all its weights."""
         state = {**super().state_dict(), "fingerprint": self._fingerprint}
-        if self.is_initial and self._fingerprint is not None and self._root is not None:
+        if self._restored is not None:  # loaded, and nothing was trained since
+            state["teacher"] = dict(self._restored)
+        elif self.is_initial and self._fingerprint is not None and self._root is not None:
             state["teacher"] = {k: v.detach().cpu() for k, v in self._root.state_dict().items()}
         return state
 
