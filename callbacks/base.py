@@ -193,9 +193,21 @@ class CompressionCallback(L.Callback):
         """See `lightning.Callback.on_train_end`."""
         self._lead(trainer, "on_train_end")
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """See `lightning.Callback.on_validation_start`."""
+        self._lead(trainer, "on_evaluation_start")
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """See `lightning.Callback.on_test_start`."""
+        self._lead(trainer, "on_evaluation_start")
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """See `lightning.Callback.on_predict_start`."""
+        self._lead(trainer, "on_evaluation_start")
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """See `lightning.Callback.teardown`."""
-        self._lead(trainer, "close")
+        self._lead(trainer, "end")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """See `lightning.Callback.on_exception`; Lightning does not call `teardown` after an exception."""

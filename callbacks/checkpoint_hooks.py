@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import CodeType
 from typing import TYPE_CHECKING, Any
 
 from lightning_compress import manifest
+from lightning_compress.callbacks.masking import is_zero
+from lightning_compress.pruning.packing import unpack
 
 if TYPE_CHECKING:
     from lightning import LightningModule
@@ -76,13 +78,35 @@ class _Hook:
 
 
 class SaveHook(_Hook):
-    """``on_save_checkpoint``: writes the manifest and the masks, also into weights-only files."""
+    """``on_save_checkpoint``: writes the manifest and the masks, also into weights-only files.
+
+    Args:
+        module: The LightningModule.
+        name: The method.
+        run: The coordinator of the running Trainer.
+        unwritten: Parameters whose masks are not written into their values, since soft pruning was interrupted.
+    """
+
+    def __init__(
+        self, module: LightningModule, name: str, run: Coordinator | None, unwritten: Sequence[str] = ()
+    ) -> None:
+        super().__init__(module, name, run)
+        self.unwritten = frozenset(unwritten)
 
     def __call__(self, checkpoint: dict[str, Any]) -> None:
         """See `LightningModule.on_save_checkpoint`."""
         self.inner(checkpoint)
-        masks = self.module.__dict__.get(MASKS, {}) if self.run is None else self.run.packed_masks()
+        masks = self._masks_left(checkpoint) if self.run is None else self.run.packed_masks()
         checkpoint[manifest.KEY] = {**manifest.of(self.module), "masks": masks}
+
+    def _masks_left(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
+        # Weights that were trained on without a callback have grown back, and loading must not zero them again.
+        state, masks = checkpoint.get("state_dict", {}), self.module.__dict__.get(MASKS, {})
+        return {n: m for n, m in masks.items() if n in self.unwritten or n not in state or _in_force(state[n], m)}
+
+
+def _in_force(weight: Any, packed: dict[str, Any]) -> bool:
+    return hasattr(weight, "to_local") or is_zero(weight, unpack(packed))
 
 
 class LoadHook(_Hook):
@@ -93,7 +117,11 @@ class LoadHook(_Hook):
         if self.run is not None:
             self.run.on_load(checkpoint)
         else:
-            manifest.replay(self.module, checkpoint.get(manifest.KEY))
+            recorded = checkpoint.get(manifest.KEY) or {}
+            manifest.replay(self.module, recorded)
+            self.module.__dict__.pop(MASKS, None)
+            if recorded.get("masks"):
+                self.module.__dict__[MASKS] = dict(recorded["masks"])
         self.inner(checkpoint)
 
 

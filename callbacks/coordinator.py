@@ -165,6 +165,9 @@ class Coordinator:
                 "call `lightning_compress.materialize(self.model)` right before `fully_shard`"
             )
         manifest.replay(self.pl_module, found, self._setup)
+        if self.stage != "fit" and self.adapter.is_sharded:  # once sharded, layers cannot be given masks
+            self.masking.packed = dict(found.get("masks") or {})
+            self.masking.attach_packed()
 
     def _copy_of_module(self) -> LightningModule:
         module = copy.deepcopy(self.pl_module)
@@ -200,6 +203,12 @@ class Coordinator:
             self.masking.packed = dict(self.pl_module.__dict__.get(MASKS, {}))
         self.close()
 
+    def end(self) -> None:
+        """Close after the stage is over."""
+        if self.stage == "fit" and not self._started:
+            self.masking.finish()  # resumed from the file of a fit's very end: Lightning calls no `on_train_end` then
+        self.close()
+
     def close(self) -> None:
         """Undo what was put on the module; the manifest and its two hooks stay on a changed one. Idempotent."""
         if self.closed:
@@ -229,7 +238,7 @@ class Coordinator:
         self.pl_module.__dict__.pop(MASKS, None)
         if self.masking.packed:
             self.pl_module.__dict__[MASKS] = self.masking.packed
-        SaveHook(self.pl_module, "on_save_checkpoint", None).install()
+        SaveHook(self.pl_module, "on_save_checkpoint", None, unwritten=list(self.masking.store.soft)).install()
         LoadHook(self.pl_module, "on_load_checkpoint", None).install()
 
     # --------------------------------------------------------------------------------------------------- checkpoints
@@ -428,6 +437,11 @@ class Coordinator:
         self._share()
         for technique in self.techniques:
             technique.batch_end(self)
+
+    def on_evaluation_start(self) -> None:
+        """Evaluate with the masks of a soft pruned fit that has not ended; its stored weights are not sparse."""
+        if self.stage != "fit":
+            self.masking.attach_packed()
 
     def on_train_end(self) -> None:
         """Finish each technique and tell the user how to load the result."""

@@ -53,6 +53,24 @@ class Masking:
             layers.add_transform(module, TRANSFORM, SoftMask())
             self.store.soft[name] = module
 
+    def attach_packed(self) -> None:
+        """Let layers compute with the packed masks where the stored weights do not have their zeros."""
+        for path, module in self.pl_module.named_modules():
+            name = clean_name(f"{path}.weight")
+            packed = self.packed.get(name)
+            if packed is None or not layers.can_transform(module):
+                continue
+            mask = unpack(packed)
+            if not is_zero(module.weight, mask):
+                layers.add_transform(module, TRANSFORM, SoftMask(mask))
+                self.store.soft[name] = module
+
+    def finish(self) -> None:
+        """Write the zeros of the soft masks of a fit that has no step left."""
+        if self.packed and self.store.soft:
+            self.install()
+            self.harden()
+
     def detach_soft(self) -> None:
         """Give the layers their own classes back, without writing any zeros."""
         for module in self.store.soft.values():
@@ -126,3 +144,10 @@ class Masking:
     def densities(self) -> dict[str, float]:
         """The share of kept weights of each masked parameter."""
         return {name: int(p["kept"]) / (math.prod(p["shape"]) or 1) for name, p in self.packed.items()}
+
+
+def is_zero(weight: Any, mask: Tensor) -> bool:
+    """Whether a weight is zero wherever its mask removes it; ``False`` if this process holds only a part of it."""
+    if hasattr(weight, "to_local") or weight.shape != mask.shape:
+        return False
+    return not bool(weight.detach()[~mask.to(weight.device)].any())
