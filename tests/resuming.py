@@ -151,7 +151,8 @@ def every_epoch(folder: Path) -> ModelCheckpoint:
 
 def fit(
     callbacks: Sequence[L.Callback], *, resume: Path | str | None = None, module: L.LightningModule | None = None,
-    seed: int = 0, exact: bool = True, validate: bool = False, loader: Any = None, kind: str = "single", **settings: Any,
+    seed: int = 0, exact: bool = True, validate: bool = False, loader: Any = None, kind: str = "single",
+    **settings: Any,
 ) -> tuple[L.LightningModule, L.Trainer]:  # fmt: skip
     """One fit; a resumed one starts from a fresh module, another seed, and a loader at its beginning."""
     warnings.filterwarnings("ignore", module="lightning")
