@@ -266,17 +266,7 @@ def _is_auxiliary(key: str) -> bool:
 
 
 def without_auxiliary(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A state dict without the modules that exist only during training.
-
-    Example:
-        >>> import tempfile
-        >>> import torch
-        >>> import lightning_compress as lc
-        >>> path = tempfile.mkdtemp() + "/last.ckpt"
-        >>> torch.save({"state_dict": {"net.weight": torch.ones(1), "_lc_kd.weight": torch.ones(1)}}, path)
-        >>> list(torch.load(lc.strip(path), weights_only=True)["state_dict"])
-        ['net.weight']
-    """
+    """A state dict without the modules that exist only during training."""
     return {k: v for k, v in state.items() if not _is_auxiliary(k)}
 
 
@@ -383,6 +373,15 @@ def strip(path: PathLike, to: PathLike | None = None) -> Path:
 
     Returns:
         The path written.
+
+    Example:
+        >>> import tempfile
+        >>> import torch
+        >>> import lightning_compress as lc
+        >>> path = tempfile.mkdtemp() + "/last.ckpt"
+        >>> torch.save({"state_dict": {"net.weight": torch.ones(1), "_lc_kd.weight": torch.ones(1)}}, path)
+        >>> list(torch.load(lc.strip(path), weights_only=True)["state_dict"])
+        ['net.weight']
     """
     source = Path(path)
     target = Path(to) if to is not None else source.with_suffix(".stripped" + source.suffix)
