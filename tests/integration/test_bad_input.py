@@ -142,7 +142,8 @@ class Diverge(L.Callback):
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_step == 2:
-            pl_module.net[3].weight.data[0, 0] = math.nan
+            weight = pl_module.net[3].weight.data.view(-1)
+            weight[weight.abs().argmax()] = math.nan  # not a masked one
             self.before = state(pl_module)
 
 
