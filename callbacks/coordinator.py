@@ -31,7 +31,7 @@ from lightning_compress.callbacks.base import CompressionCallback
 from lightning_compress.callbacks.checkpoint_hooks import MASKS, LoadHook, SaveHook, SetupHook, _Hook
 from lightning_compress.callbacks.masking import Masking
 from lightning_compress.callbacks.signals import deferred_signals
-from lightning_compress.callbacks.strategies import StrategyAdapter, requested_checkpoint
+from lightning_compress.callbacks.strategies import StrategyAdapter, is_trusted, requested_checkpoint
 from lightning_compress.decisions import Decisions
 from lightning_compress.errors import CompressionError
 from lightning_compress.pipeline import StepPipeline
@@ -156,7 +156,7 @@ class Coordinator:
             interplay.rebuild_averages(self)
 
     def _replay(self, path: str) -> None:
-        found = manifest.read(path) or {}
+        found = manifest.read(path, weights_only=not is_trusted(self.trainer)) or {}
         recorded = found.get("edits", [])
         sharded = any(hasattr(p, "device_mesh") for p in self.pl_module.parameters())
         if sharded and len(recorded) > len(manifest.edits_of(self.pl_module)):
@@ -261,7 +261,8 @@ class Coordinator:
             if key in checkpoint:  # helper modules that only one side has are no reason to refuse
                 state = checkpoint[key]
                 known = {k: v for k, v in state.items() if k in own}
-                checkpoint[key] = {**manifest.without_auxiliary(state), **{k: known.get(k, v) for k, v in own.items()}}
+                checkpoint[key] = manifest.without_auxiliary(state)
+                checkpoint[key].update({k: known.get(k, v) for k, v in own.items()})
         self._say_warm_starts(checkpoint)
 
     def _say_warm_starts(self, checkpoint: dict[str, Any]) -> None:

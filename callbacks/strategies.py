@@ -104,13 +104,22 @@ def requested_checkpoint(trainer: L.Trainer) -> str | None:
     `trainer.ckpt_path` is filled only later, and still holds the path of the stage before; until then the path is a
     local variable of ``Trainer._run``, found by that function's code object. What the user assigned is in it too.
     """
+    path = _local_of_run(trainer, "ckpt_path", trainer.ckpt_path)
+    return str(path) if path else None
+
+
+def is_trusted(trainer: L.Trainer) -> bool:
+    """Whether the user has Lightning unpickle everything in the checkpoint (``fit(..., weights_only=False)``)."""
+    return _local_of_run(trainer, "weights_only", None) is False
+
+
+def _local_of_run(trainer: L.Trainer, name: str, default: Any) -> Any:
     code, frame = type(trainer)._run.__code__, sys._getframe()
     while frame is not None:
         if frame.f_code is code:
-            path = frame.f_locals.get("ckpt_path")
-            return None if path is None else str(path)
+            return frame.f_locals.get(name)
         frame = frame.f_back  # type: ignore[assignment]
-    return str(trainer.ckpt_path) if trainer.ckpt_path else None
+    return default
 
 
 def uses_spawn(trainer: L.Trainer) -> bool:

@@ -8,10 +8,10 @@ from lightning_compress.distillation.losses import KD as KD
 from lightning_compress.distillation.losses import kd_loss as kd_loss
 from lightning_compress.errors import CompressionError as CompressionError
 from lightning_compress.exporting import export as export
-from lightning_compress.manifest import load as load
-from lightning_compress.manifest import load_from_checkpoint as load_from_checkpoint
+from lightning_compress.loading import load as load
+from lightning_compress.loading import load_from_checkpoint as load_from_checkpoint
+from lightning_compress.loading import strip as strip
 from lightning_compress.manifest import materialize as materialize
-from lightning_compress.manifest import strip as strip
 from lightning_compress.schedule import Schedule as Schedule
 from lightning_compress.schedule import Scheduled as Scheduled
 from lightning_compress.terms import LossTerm as LossTerm

@@ -78,7 +78,7 @@ def export(
     Example:
         >>> import tempfile, torch
         >>> from lightning_compress.exporting import export
-        >>> from lightning_compress.manifest import load
+        >>> from lightning_compress.loading import load
         >>> net = torch.nn.Linear(4, 2)
         >>> path = export(net, tempfile.mkdtemp() + "/net.safetensors")
         >>> load(torch.nn.Linear(4, 2), path)

@@ -2,17 +2,16 @@
 
 ``checkpoint["lightning_compress"] = {"version": 1, "edits": [...], "masks": {...}}`` holds only dictionaries, lists,
 strings, numbers, booleans, ``None`` and tensors, so that ``torch.load(weights_only=True)`` reads it. An edit stores
-resolved names, indices and values, never a request to solve again: replaying it gives exactly the same model.
+resolved names, indices and values, never a request to solve again: replaying it gives exactly the same model. Each
+field of an edit that is a dictionary has clean full names as its keys.
 """
 
 from __future__ import annotations
 
 import contextvars
 import hashlib
-import inspect
-import io
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -75,7 +74,7 @@ def replay(
         CompressionError: If the model carries edits that the manifest does not start with, if the manifest was
             written by a newer version, or if an edit does not fit the model.
     """
-    wanted = _edits(manifest)
+    wanted = _checked_edits(manifest)
     have = edits_of(root)
     if len(have) > len(wanted) or not all(equal(a, b) for a, b in zip(have, wanted, strict=False)):
         raise CompressionError(
@@ -92,7 +91,19 @@ def replay(
     return len(missing)
 
 
-def _edits(manifest: Mapping[str, Any] | None) -> list[surgery.Edit]:
+def check(manifest: Mapping[str, Any] | None) -> None:
+    """Refuse what is no manifest.
+
+    Raises:
+        CompressionError: If it is of a newer version or of another program.
+    """
+    _checked_edits(manifest)
+    masks = (manifest or {}).get("masks") or {}
+    if not isinstance(masks, Mapping) or not all(isinstance(mask, Mapping) for mask in masks.values()):
+        raise CompressionError(f"the masks in the record of compression are no dictionary of masks; {_FOREIGN}")
+
+
+def _checked_edits(manifest: Mapping[str, Any] | None) -> list[surgery.Edit]:
     if manifest is None:
         return []
     if not isinstance(manifest, Mapping):
@@ -152,7 +163,7 @@ def _feed(update: Callable[[bytes], None], data: Any) -> None:
 
 def diff(a: Mapping[str, Any] | None, b: Mapping[str, Any] | None) -> list[str]:
     """Say in words how two manifests differ; empty if they do not."""
-    left, right = _edits(a), _edits(b)
+    left, right = _checked_edits(a), _checked_edits(b)
     same = next((i for i, (x, y) in enumerate(zip(left, right, strict=False)) if not equal(x, y)), None)
     same = min(len(left), len(right)) if same is None else same
     lines = [f"- edit {i}: {e.get('kind')}" for i, e in enumerate(left[same:], same)]
@@ -160,8 +171,12 @@ def diff(a: Mapping[str, Any] | None, b: Mapping[str, Any] | None) -> list[str]:
 
 
 # -------------------------------------------------------------------------------------------------------------- read
-def read(path: PathLike) -> dict[str, Any] | None:
+def read(path: PathLike, weights_only: bool = True) -> dict[str, Any] | None:
     """The manifest in a checkpoint, or ``None`` if it has none.
+
+    Args:
+        path: The checkpoint.
+        weights_only: ``False`` unpickles everything in it, which can run code.
 
     Raises:
         CompressionError: If the checkpoint, or the manifest in it, cannot be read.
@@ -170,95 +185,34 @@ def read(path: PathLike) -> dict[str, Any] | None:
         from lightning_compress.exporting import read_safetensors
 
         return read_safetensors(path)[1]
-    manifest: dict[str, Any] | None = read_checkpoint(path).get(KEY)
-    _edits(manifest)
+    manifest: dict[str, Any] | None = read_checkpoint(path, weights_only).get(KEY)
+    check(manifest)
     return manifest
 
 
-# -------------------------------------------------------------------------------------------------------------- load
-def load(model: ModuleT, path: PathLike, prefix: str = "") -> ModuleT:
-    """Load a compressed checkpoint into a plain PyTorch module that was built as the dense one was.
-
-    Args:
-        model: A fresh, dense module; it becomes smaller in place.
-        path: A Lightning checkpoint, or a ``.safetensors`` file written by `export`.
-        prefix: The part of the names that belongs to the LightningModule around the module, for example ``"model."``.
-
-    Returns:
-        The same module.
-
-    Raises:
-        CompressionError: If the file cannot be read, or does not fit; the module is then as before.
-        ValueError: If the prefix does not end with a dot.
-
-    Example:
-        >>> import torch, lightning_compress as lc
-        >>> torch.save({"state_dict": torch.nn.Linear(4, 2).state_dict()}, "/tmp/dense.ckpt")
-        >>> lc.load(torch.nn.Linear(4, 2), "/tmp/dense.ckpt")
-        Linear(in_features=4, out_features=2, bias=True)
-    """
-    if prefix and not prefix.endswith("."):
-        raise ValueError(f"a prefix ends with a dot, so give prefix={prefix + '.'!r}; found {prefix!r}")
-    if str(path).endswith(".safetensors"):
-        from lightning_compress.exporting import read_safetensors
-
-        state, manifest = read_safetensors(path)
-    else:
-        checkpoint = read_checkpoint(path)
-        if Path(path).is_dir():
-            raise CompressionError(f"{str(path)!r} is a sharded checkpoint; consolidate it into one file first")
-        state, manifest = checkpoint["state_dict"], checkpoint.get(KEY)
-    _edits(manifest)
-    everything, manifest = state, without_prefix(manifest, prefix)
-    state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix) and not _is_auxiliary(k)}
-
-    def check() -> None:
-        _check_fits(model, state)
-        check_masks(model, manifest)
-
-    try:
-        replay(model, manifest, check=check)
-    except CompressionError as error:
-        raise CompressionError(
-            f"{str(path)!r} (with prefix={prefix!r}) does not fit {type(model).__name__}"
-            f"{_better_prefix(model, everything, prefix)}: {error}"
-        ) from error
-    model.load_state_dict(state, strict=True)
-    apply_masks(model, manifest)
-    return model
-
-
-def _better_prefix(model: nn.Module, state: Mapping[str, Any], prefix: str) -> str:
-    first = next(iter(model.state_dict()), "")
-    found = sorted({k.removesuffix(first) for k in state if first and k.endswith(first)} - {prefix})
-    found = [other for other in found if not other or other.endswith(".")]
-    return f" (did you mean {' or '.join(f'prefix={other!r}' for other in found[:3])}?)" if found else ""
-
-
-def _check_fits(model: nn.Module, state: Mapping[str, Any]) -> None:
-    """Refuse a state that `load_state_dict` would load in part only."""
-    own = model.state_dict()
-    if extra := sorted(set(state) ^ set(own)):
-        side = "the file" if extra[0] in state else "the model"
-        raise CompressionError(f"{len(extra)} names are on one side only, for example {extra[0]!r} in {side}")
-    for name, value in own.items():
-        if isinstance(value, Tensor) and isinstance(state[name], Tensor) and state[name].shape != value.shape:
-            raise CompressionError(
-                f"{name!r} has shape {tuple(state[name].shape)} in the file and {tuple(value.shape)} in the model"
-            )
-
-
+# -------------------------------------------------------------------------------------------------------------- part
 def without_prefix(manifest: Mapping[str, Any] | None, prefix: str) -> dict[str, Any] | None:
     """The manifest as seen from the submodule `prefix` (which ends with a dot)."""
     if manifest is None or not prefix:
         return None if manifest is None else dict(manifest)
 
-    def strip(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {k.removeprefix(prefix) if isinstance(k, str) else k: strip(v) for k, v in value.items()}
-        return value
+    edits = [_edit_without_prefix(edit, prefix) for edit in _checked_edits(manifest)]
+    return {
+        **manifest,
+        "edits": [edit for edit in edits if edit is not None],
+        "masks": _below(manifest.get("masks") or {}, prefix),
+    }
 
-    return {**strip(manifest), "edits": [strip(e) for e in _edits(manifest)]}
+
+def _below(named: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    return {name.removeprefix(prefix): value for name, value in named.items() if name.startswith(prefix)}
+
+
+def _edit_without_prefix(edit: surgery.Edit, prefix: str) -> surgery.Edit | None:
+    """The part of an edit below the prefix; ``None`` if it is all elsewhere."""
+    named = {field: value for field, value in edit.items() if isinstance(value, Mapping)}
+    below = {field: _below(value, prefix) for field, value in named.items()}
+    return {**edit, **below} if any(below.values()) or not any(named.values()) else None
 
 
 def _is_auxiliary(key: str) -> bool:
@@ -267,7 +221,20 @@ def _is_auxiliary(key: str) -> bool:
 
 def without_auxiliary(state: Mapping[str, Any]) -> dict[str, Any]:
     """A state dict without the modules that exist only during training."""
-    return {k: v for k, v in state.items() if not _is_auxiliary(k)}
+    return part_of_state(state, "")
+
+
+def part_of_state(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """The part of a state dict below a prefix, without the modules that exist only during training.
+
+    The versions of its modules come along: modules that migrate older states look at them.
+    """
+    part = OrderedDict((k, v) for k, v in _below(state, prefix).items() if not _is_auxiliary(k))
+    versions = getattr(state, "_metadata", None)
+    if versions is not None:
+        whole = {f"{name}." if name else "": value for name, value in versions.items()}
+        part._metadata = {k.removesuffix("."): v for k, v in _below(whole, prefix).items()}  # type: ignore[attr-defined]
+    return part
 
 
 def check_masks(root: nn.Module, manifest: Mapping[str, Any] | None) -> dict[str, Tensor]:
@@ -301,102 +268,6 @@ def apply_masks(root: nn.Module, manifest: Mapping[str, Any] | None) -> None:
     for name, mask in check_masks(root, manifest).items():
         with torch.no_grad():
             named[name].mul_(mask.to(named[name].device))
-
-
-def load_from_checkpoint(cls: type[ModuleT], path: PathLike, **kwargs: Any) -> ModuleT:
-    """``cls.load_from_checkpoint`` for a compressed checkpoint of a LightningModule that knows nothing about it.
-
-    Args:
-        cls: The user's LightningModule class.
-        path: The checkpoint.
-        **kwargs: As for ``cls.load_from_checkpoint`` (hyperparameters, ``map_location``, ``strict``, ...).
-
-    Returns:
-        An instance of `cls` with the smaller architecture, its weights loaded strictly.
-
-    Raises:
-        CompressionError: If the checkpoint cannot be read or does not fit.
-        TypeError: If `cls` is no LightningModule class.
-
-    Example:
-        >>> import tempfile
-        >>> import lightning as L
-        >>> import lightning_compress as lc
-        >>> from lightning_compress.callbacks import Pruning
-        >>> from lightning_compress.callbacks.testing import TinyNet, tiny_loader
-        >>> quiet = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-        >>> path = tempfile.mkdtemp() + "/sparse.ckpt"
-        >>> trainer = L.Trainer(fast_dev_run=2, callbacks=[Pruning(0.5)], **quiet)
-        >>> trainer.fit(TinyNet(), tiny_loader())
-        >>> trainer.save_checkpoint(path)
-        >>> type(lc.load_from_checkpoint(TinyNet, path)).__name__
-        'TinyNet'
-    """
-    if not inspect.isclass(cls) or not callable(getattr(cls, "load_from_checkpoint", None)):
-        raise TypeError(f"cls is a LightningModule class, not {cls!r:.80}; for a plain module there is `load`")
-    found = read_checkpoint(path)  # the same clear errors as everywhere else
-    _edits(found.get(KEY))
-    if "pytorch-lightning_version" not in found:
-        raise CompressionError(f"Lightning did not write {str(path)!r}; build the module and use `load(module, path)`")
-
-    def on_load_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:
-        replay(self, checkpoint.get(KEY))
-        checkpoint["state_dict"] = without_auxiliary(checkpoint["state_dict"])
-        super(loading, self).on_load_checkpoint(checkpoint)
-
-    # `load_from_checkpoint` knows no callbacks, and the structure must change between building and loading: a passing
-    # subclass with the hook does that; the instance then goes back to the user's class.
-    body = {"on_load_checkpoint": on_load_checkpoint, "__module__": cls.__module__}
-    loading: type[Any] = type(cls.__name__, (cls,), body)
-    try:
-        module = loading.load_from_checkpoint(path, **kwargs)
-    except RuntimeError as error:
-        if isinstance(error, CompressionError) or not str(error).startswith("Error(s) in loading state_dict"):
-            raise
-        raise CompressionError(
-            f"{str(path)!r} does not fit {cls.__name__}: {error}\nIs it of this class, and built with the same "
-            "hyperparameters (pass them as keyword arguments if `save_hyperparameters` did not save them)?"
-        ) from error
-    module.__class__ = cls
-    apply_masks(module, found.get(KEY))
-    return module  # type: ignore[no-any-return]
-
-
-def strip(path: PathLike, to: PathLike | None = None) -> Path:
-    """Write a copy of a checkpoint without the parts that only training needs (``_lc_*`` modules).
-
-    The copy loads strictly into the user's own class if the manifest holds no structural edit.
-
-    Args:
-        path: The checkpoint.
-        to: Where to write; default: beside it, with ``.stripped`` before the suffix.
-
-    Returns:
-        The path written.
-
-    Example:
-        >>> import tempfile
-        >>> import torch
-        >>> import lightning_compress as lc
-        >>> path = tempfile.mkdtemp() + "/last.ckpt"
-        >>> torch.save({"state_dict": {"net.weight": torch.ones(1), "_lc_kd.weight": torch.ones(1)}}, path)
-        >>> list(torch.load(lc.strip(path), weights_only=True)["state_dict"])
-        ['net.weight']
-    """
-    source = Path(path)
-    target = Path(to) if to is not None else source.with_suffix(".stripped" + source.suffix)
-    checkpoint = read_checkpoint(source)
-    checkpoint["state_dict"] = without_auxiliary(checkpoint["state_dict"])
-    checkpoint.pop("optimizer_states", None)  # positional: they no longer fit
-    partial = target.with_name(target.name + ".partial")
-    try:
-        buffer = io.BytesIO()  # PyTorch's own file writer ends the whole process when the disk is full
-        torch.save(checkpoint, buffer)
-        partial.write_bytes(buffer.getbuffer())
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)  # what a full disk left of it
-    return target
 
 
 # -------------------------------------------------------------------------------------------------------- materialize

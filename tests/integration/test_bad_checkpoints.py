@@ -278,8 +278,8 @@ def test_a_full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     writes: list[Callable[[], Any]] = [
         lambda: fitter.save_checkpoint("a.ckpt"), lambda: fitter.save_checkpoint("b.ckpt"),
         lambda: lc.export(module, "a.safetensors"), lambda: lc.export(module, "b.safetensors"),
-        lambda: lc.export(module, "a.pt2", X), lambda: manifest.strip("a.ckpt"),
-        lambda: manifest.strip("a.ckpt", "a.ckpt"),
+        lambda: lc.export(module, "a.pt2", X), lambda: lc.strip("a.ckpt"),
+        lambda: lc.strip("a.ckpt", "a.ckpt"),
     ]  # fmt: skip
     for write in writes:
         with unchanged(module), full_disk(), pytest.raises(OSError, match=r"(too large|No space)"):

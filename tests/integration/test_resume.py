@@ -149,6 +149,7 @@ VARIATIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("variation", VARIATIONS)
 def test_variations_of_the_trainer(variation: str, stop: str, tmp_path: Path) -> None:
     for technique in ("none", "everything"):
+
         def run(folder: Path, resume: Path | None = None, technique: str = technique) -> dict[str, Any]:
             extra = [every_step(folder), every_epoch(folder)]
             module = resuming.Student().double() if variation == "float64" else None
@@ -171,6 +172,7 @@ def test_stopped_after_a_validation(interval: float, stop: str, tmp_path: Path) 
             self.count += 1
 
     for technique in ("none", "everything"):
+
         def run(folder: Path, resume: Path | None = None, technique: str = technique) -> dict[str, Any]:
             settings = {"val_check_interval": interval, "validate": True}
             return state(*fit([*TECHNIQUES[technique](tmp_path), AfterValidation(folder)], resume=resume, **settings))

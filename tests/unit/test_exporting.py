@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+import lightning_compress as lc
 from lightning_compress import exporting, layers, manifest
 from lightning_compress.cost import Call
 from lightning_compress.errors import CompressionError
@@ -123,7 +124,7 @@ def test_safetensors_loads_strictly_into_a_fresh_module(make, inputs, tmp_path):
     x = inputs(3)
     assert torch.equal(outputs(fresh, x), outputs(model, x))
     assert manifest.equal(record, EDITS)
-    assert manifest.load(make(), export(model, tmp_path / "plain.safetensors")).state_dict().keys() == state.keys()
+    assert lc.load(make(), export(model, tmp_path / "plain.safetensors")).state_dict().keys() == state.keys()
 
 
 def test_tied_weights_are_stored_once(tmp_path):
@@ -149,7 +150,7 @@ def test_the_weights_that_the_model_computes_with_are_written(tmp_path):
     layers.add_transform(model.head, "half", Halve())
     x = image(3)
     expected = model(x).detach()
-    loaded = manifest.load(Net(), export(model, tmp_path / "model.safetensors")).eval()
+    loaded = lc.load(Net(), export(model, tmp_path / "model.safetensors")).eval()
     assert torch.equal(loaded(x), expected)
     assert torch.equal(loaded.conv.weight, model.conv.weight * 0.5)
     program = torch.export.load(export(model, tmp_path / "model.pt2", x))
@@ -168,7 +169,7 @@ def test_a_cut_model_comes_back_smaller(tmp_path):
     }
     manifest.replay(model, {"version": 1, "edits": [cut]})
     x = image(2)
-    loaded = manifest.load(Net(), export(model, tmp_path / "model.safetensors")).eval()
+    loaded = lc.load(Net(), export(model, tmp_path / "model.safetensors")).eval()
     assert loaded.conv.weight.shape == (3, 3, 3, 3)
     assert torch.equal(loaded(x), model(x))
     assert manifest.equal(manifest.of(loaded), manifest.of(model))
