@@ -1,4 +1,4 @@
-"""Write the pages of the documentation that repeat what the code says: docs/api.md and docs/strategies.md.
+"""Write the pages of the documentation that repeat what the code says: reference, strategies, table of cases.
 
 Run it by `make pages`. A test fails when a page and the code differ.
 """
@@ -9,7 +9,7 @@ import ast
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_compress.callbacks.strategies import Verdict
@@ -83,6 +83,75 @@ def strategies_page(capabilities: Mapping[str, Mapping[str, Verdict]]) -> str:
     return text
 
 
+def cases_page() -> str:
+    """What the tables of tests hold, read from their source: techniques x cases, and the fits in two processes."""
+    cases = ast.parse((ROOT / "tests" / "integration" / "test_cases.py").read_text())
+    tests = [
+        node.name.removeprefix("test_").replace("_", " ")
+        for node in cases.body
+        if isinstance(node, ast.FunctionDef)
+        and node.name.startswith("test_")
+        and any(argument.arg == "technique" for argument in node.args.args)
+    ]
+    fits = ast.parse((ROOT / "tests" / "equality_cases.py").read_text())
+    named = {"DOUBLE": _assigned(fits, "DOUBLE")}
+    equal = [_equality_row(row.args, named) for row in _assigned(fits, "CASES").elts]
+    return (
+        f"{NOTICE}# Table of cases\n\n"
+        "What the tests run for each technique, on the CPU. A technique is done when something independent agrees "
+        "with it.\n\n"
+        "## Every technique through every use of a Trainer\n\n"
+        "`tests/integration/test_cases.py` runs each technique of the left column in each case. Afterwards the model "
+        "has to have the sparsity, the cuts and the names that the technique promises; the loaded model has to give "
+        "the outputs of the trained one bit for bit; the resumed one has to have the edits, masks and weights of the "
+        "one that never stopped.\n\n"
+        f"{_table(['', *tests], [[_key(key), *['yes'] * len(tests)] for key in _assigned(cases, 'TECHNIQUES').keys])}"
+        "\n## One process equals two\n\n"
+        "`tests/distributed/test_equality.py` runs each of these fits in one process and in two, and compares losses, "
+        "weights, edits and masks: in double precision at a relative 1e-9, else losses and the norm of the weights at "
+        "1e-5; for bf16 only that the two ranks are identical. Where the name says `refuses` the fit has to end with "
+        "the error that names the ways out, and clipping by norm under FSDP1 with Lightning's own error.\n\n"
+        f"{_table(['fit', 'technique', 'strategy', 'settings'], equal)}"
+        "\nMore is shown in `tests/integration`: stopped and resumed equals straight bit for bit (`test_resume.py`), "
+        "averages (`test_averaging.py`), EarlyStopping and ModelCheckpoint (`test_monitors.py`), exceptions and "
+        "signals at any point of an event (`test_interrupts.py`), damaged files (`test_bad_checkpoints.py`).\n"
+    )
+
+
+def _table(head: list[str], body: list[list[str]]) -> str:
+    return "".join(f"| {' | '.join(row)} |\n" for row in [head, ["---"] * len(head), *body])
+
+
+def _assigned(module: ast.Module, name: str) -> Any:
+    """The value that a module gives to a name at its top."""
+    for node in module.body:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        if any(isinstance(target, ast.Name) and target.id == name for target in targets):
+            return node.value  # type: ignore[attr-defined]
+    raise KeyError(f"nothing is assigned to {name!r}")
+
+
+def _key(node: ast.AST) -> str:
+    assert isinstance(node, ast.Constant)
+    return str(node.value)
+
+
+def _equality_row(arguments: list[Any], named: Mapping[str, Any]) -> list[str]:
+    name, technique, strategy = (_key(argument) for argument in arguments[:3])
+    return [name.replace("_", " "), technique, strategy, _settings(arguments[3], named) if arguments[3:] else ""]
+
+
+def _settings(node: Any, named: Mapping[str, Any]) -> str:
+    """`{**DOUBLE, "max_epochs": 9}` as `precision=64-true, max_epochs=9`."""
+    if isinstance(node, ast.Name):
+        return _settings(named[node.id], named)
+    pairs = zip(node.keys, node.values, strict=True)
+    return ", ".join(
+        _settings(value, named) if key is None else f"{_key(key)}={ast.unparse(value).strip(chr(39))}"
+        for key, value in pairs
+    )
+
+
 def pages() -> dict[Path, str]:
     """The generated pages: file and text."""
     from lightning_compress.callbacks.strategies import CAPABILITIES
@@ -90,6 +159,7 @@ def pages() -> dict[Path, str]:
     return {
         ROOT / "docs" / "api.md": api_page(),
         ROOT / "docs" / "strategies.md": strategies_page(CAPABILITIES),
+        ROOT / "docs" / "test_cases.md": cases_page(),
     }
 
 

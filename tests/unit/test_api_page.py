@@ -12,7 +12,7 @@ from source import CALLBACKS, PACKAGE, ROOT, public_names
 NAMES = [(package, name) for package in (PACKAGE, CALLBACKS) for name in public_names(package)]
 
 
-@pytest.mark.parametrize("page", ["api", "strategies"])
+@pytest.mark.parametrize("page", ["api", "strategies", "test_cases"])
 def test_generated_pages_are_current(page: str) -> None:
     path = ROOT / "docs" / f"{page}.md"
     assert path.read_text() == make_pages.pages()[path], "run `make pages` and commit the result"
