@@ -79,6 +79,7 @@ def read_whole(path: PathLike, weights_only: bool = True) -> dict[str, Any]:
 
 
 def _read_shards(folder: Path) -> dict[str, Any]:
+    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
     from torch.distributed.checkpoint.state_dict_loader import load
@@ -92,7 +93,11 @@ def _read_shards(folder: Path) -> dict[str, Any]:
     alone = {"no_dist": True} if "no_dist" in inspect.signature(load).parameters else {}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # that is what is wanted
-        load(state, storage_reader=reader, **alone)
+        try:
+            load(state, storage_reader=reader, **alone)
+        except CheckpointException as error:  # no subclass of Exception
+            first = next(iter(error.failures.values()))[0]
+            raise OSError(f"{type(first).__name__} {first}".strip()) from error
     if not state:
         raise LookupError("no weights are in it")
     return {key.partition(".")[2]: value for key, value in state.items()}
