@@ -15,18 +15,16 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import nn
 
 from lightning_compress import manifest, surgery
-from lightning_compress.callbacks import interplay
+from lightning_compress.callbacks import interplay, transactions
 from lightning_compress.callbacks.base import CompressionCallback
 from lightning_compress.callbacks.checkpoint_hooks import MASKS, LoadHook, SaveHook, SetupHook, _Hook
 from lightning_compress.callbacks.masking import Masking
@@ -69,12 +67,14 @@ class Coordinator:
         self.batch: Any = None
         self._hooks: list[_Hook] = []
         self._handles: list[Any] = []
-        self._materialized = False
+        self.materialized = False
         self._stepped = True
         self._started = self._tuning = False
         self._max_steps = trainer.max_steps
         self._held = interplay.HeldEarlyStopping(trainer)
-        self._setup: surgery.Journal | None = surgery.Journal()  # how to undo what was done before training began
+        self.setup_journal: surgery.Journal | None = (
+            surgery.Journal()
+        )  # how to undo what was done before training began
         self._recorded, self._leaves_record = False, True
         self.closed = False
 
@@ -138,9 +138,9 @@ class Coordinator:
 
     def materialize(self) -> None:
         """Everything that is done to the structure before the model is wrapped; once, in this order."""
-        if self._materialized:
+        if self.materialized:
             return
-        self._materialized = True
+        self.materialized = True
         before = len(manifest.edits_of(self.pl_module))
         self.adapter.in_step(lambda: interplay.check_values(self))
         if self.stage == "fit" and any(t.needs_unedited_copy() for t in self.techniques):
@@ -164,7 +164,7 @@ class Coordinator:
                 "the model was sharded in `configure_model` before the structure of the checkpoint could be restored; "
                 "call `lightning_compress.materialize(self.model)` right before `fully_shard`"
             )
-        manifest.replay(self.pl_module, found, self._setup)
+        manifest.replay(self.pl_module, found, self.setup_journal)
         if self.stage != "fit" and self.adapter.is_sharded:  # once sharded, layers cannot be given masks
             self.masking.packed = dict(found.get("masks") or {})
             self.masking.attach_packed()
@@ -182,8 +182,8 @@ class Coordinator:
         if self.stage != "fit":
             return
         known = dict(self.pl_module._modules)
-        if self._setup is not None:
-            self._setup.on_undo(lambda: _only(self.pl_module._modules, known))
+        if self.setup_journal is not None:
+            self.setup_journal.on_undo(lambda: _only(self.pl_module._modules, known))
         self.adapter.in_step(self._attach)
         self.adapter.shard_helpers(self.pl_module, [m for n, m in self._helpers()])
         if self.pipeline.sources or self.pipeline.gradient_terms:
@@ -196,9 +196,9 @@ class Coordinator:
 
     def fail(self) -> None:
         """Close after an exception; before training began, the model's structure becomes what it was."""
-        if not self.closed and self._setup is not None and not self.adapter.is_sharded:
+        if not self.closed and self.setup_journal is not None and not self.adapter.is_sharded:
             self.masking.detach_soft()  # from the layers of now
-            self._setup.undo()
+            self.setup_journal.undo()
             self._leaves_record = self._recorded
             self.masking.packed = dict(self.pl_module.__dict__.get(MASKS, {}))
         self.close()
@@ -253,7 +253,7 @@ class Coordinator:
                     "setup; set `trainer.ckpt_path = path` before `fit`, or pass ckpt_path= to it"
                 )
         else:
-            manifest.replay(self.pl_module, recorded, self._setup)
+            manifest.replay(self.pl_module, recorded, self.setup_journal)
             manifest.check_masks(self.pl_module, recorded)
         self.masking.packed = dict(recorded.get("masks") or {})
         own = {k: v for k, v in self.pl_module.state_dict().items() if k not in manifest.without_auxiliary({k: v})}
@@ -348,7 +348,9 @@ class Coordinator:
             if technique.schedule is not None and technique.resolved is None:
                 technique.resolved = self.resolve(technique.schedule)
             technique.start(self)
-        self._setup = None  # from here on a failure leaves the model as it was before the last step, not before the fit
+        self.setup_journal = (
+            None  # from here on a failure leaves the model as it was before the last step, not before the fit
+        )
         self._share()
         self._hold_early_stopping()
 
@@ -382,7 +384,7 @@ class Coordinator:
         # Nobody may see a change without the record that it was made, or without what follows from it.
         with deferred_signals() if due else contextlib.nullcontext():
             try:
-                self._switch_terms(step)
+                transactions.switch_terms(self, step)
                 for technique in self.techniques:
                     self._run_due(technique, step)
                 for technique in self.techniques:
@@ -464,86 +466,9 @@ class Coordinator:
         ]  # fmt: skip
         self._held.hold(bool(waiting))
 
-    # --------------------------------------------------------------------------------------------------- transactions
-    def _switch_terms(self, step: int) -> None:
-        wanted = self.pipeline.wanted_requires_grad(step)
-        changed = {n: on for n, on in wanted.items() if any(p.requires_grad != on for p in _children(self, n))}
-        if not changed:
-            return
-        journal = surgery.Journal()
-        with self.transaction([], journal, rewrap=True):
-            for name, on in changed.items():
-                for parameter in _children(self, name):
-                    journal.set_attribute(parameter, "requires_grad", on)
-            self.adapter.rewrap()
-
-    @contextlib.contextmanager
-    def transaction(
-        self, edits: Sequence[surgery.Edit], journal: surgery.Journal, rewrap: bool
-    ) -> Iterator[surgery.Transaction]:
-        """Make edits, or none at all; signals that would save a checkpoint wait until it is done."""
-        with deferred_signals():
-            for optimizer in self.trainer.optimizers:
-                optimizer.zero_grad(set_to_none=True)
-            self.pl_module.zero_grad(set_to_none=True)
-            if rewrap:
-                journal.on_undo(self.adapter.rewrap)  # noted first, so undone last: when the old tensors are back
-            followers = [self.masking.store, *(f for t in self.techniques for f in t.followers(self))]
-            with surgery.edit(self.pl_module, edits, self.trainer.optimizers, followers, journal) as transaction:
-                yield transaction
-
     def edit(self, technique: str, edits: Sequence[surgery.Edit]) -> surgery.Transaction:
-        """Change the model and everything that depends on it, on every rank: or nothing, if anything raises.
-
-        Args:
-            technique: For messages.
-            edits: Plain-data edits that were decided on rank 0 (`StrategyAdapter.decide`).
-
-        Raises:
-            CompressionError: On all ranks together, with the model as it was.
-        """
-        self.adapter.agree(list(edits), f"the edits of {technique}")
-        journal = surgery.Journal() if self._setup is None else self._setup
-        old = dict(self.pl_module.named_parameters())
-        wrapped = self._materialized and self.trainer.strategy.model is not None and bool(self.trainer.optimizers)
-        with self.adapter.all_or_none() as others, self.transaction(edits, journal, rewrap=wrapped) as transaction:
-            others()
-            manifest.record(self.pl_module, edits, journal)
-            helpers = self._edit_helpers(transaction, journal)
-            if wrapped:
-                self._follow_up(edits, helpers, transaction.swaps, journal)
-            if len(self.masking):
-                self.masking.repack(journal)
-        for holder in interplay.holders(self.pl_module, self.trainer, old) if wrapped else ():
-            rank_zero_warn(
-                f"{holder} still refers to parameters that were replaced; if it trains or decays them, let it look "
-                "them up anew"
-            )
-        return transaction
-
-    def _edit_helpers(self, transaction: surgery.Transaction, journal: surgery.Journal) -> list[surgery.Edit]:
-        """Let modules that exist only during training follow; that is not recorded, since no file has them."""
-        edits = [e for t in self.techniques for e in t.helper_edits(self, transaction.swaps, journal)]
-        with surgery.edit(self.pl_module, edits, self.trainer.optimizers, journal=journal) as more:
-            transaction.swaps += more.swaps
-            transaction.notes += more.notes
-        return edits
-
-    def _follow_up(
-        self,
-        edits: Sequence[surgery.Edit],
-        helpers: Sequence[surgery.Edit],
-        swaps: Sequence[surgery.Swap],
-        journal: surgery.Journal,
-    ) -> None:
-        for average in interplay.averages(self.trainer):
-            for one in (*edits, *helpers):
-                surgery.apply_edit(average, one, journal)
-            manifest.record(average, edits, journal)
-        interplay.follow_finetuning(self.trainer, swaps, journal)
-        self.adapter.rewrap()
-        if "torch._dynamo" in sys.modules:  # otherwise nothing was compiled, and importing it takes seconds
-            torch._dynamo.reset()
+        """See `transactions.edit`."""
+        return transactions.edit(self, technique, edits)
 
     def emit(self, record: EventRecord) -> None:
         """Tell every technique, on every rank, of an event."""
@@ -560,7 +485,3 @@ class Coordinator:
 def _only(modules: dict[str, nn.Module | None], known: dict[str, nn.Module | None]) -> None:
     for name in set(modules) - set(known):
         del modules[name]
-
-
-def _children(run: Coordinator, name: str) -> list[nn.Parameter]:
-    return list(run.pl_module._modules[name].parameters())  # type: ignore[union-attr]

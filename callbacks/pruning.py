@@ -27,10 +27,9 @@ if TYPE_CHECKING:
 
     from lightning_compress.callbacks.coordinator import Coordinator
 
-KINDS = (
-    nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
-)  # fmt: skip
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
+KINDS = (nn.Linear, *CONVOLUTIONS)
 # Their updates depend on norms over whole tensors, in which gradients of masked weights would count.
 _NORM_OPTIMIZERS = {"LAMB", "Lamb", "LARS", "Lars", "Adafactor", "Muon"}
 
@@ -141,7 +140,7 @@ class Pruning(CompressionCallback):
         if set(self.resolved.events) - set(self.done) and not lazy:
             # What cannot be met shows now, not after half of the training.
             run.adapter.in_step(lambda: self._new_masks(run, self.sparsity))
-        kept = self._kept_by_pattern(run)
+        kept = self._spared(run)
         if kept:
             rank_zero_info(f"{self.name}: the last layer {kept!r} keeps all its outputs")
 
@@ -201,23 +200,27 @@ class Pruning(CompressionCallback):
             )
 
     def _layers(self, run: Coordinator) -> dict[str, nn.Module]:
-        chosen = select(run.pl_module, self.targets, self.exclude, kinds=KINDS)
+        chosen = select(run.pl_module, self.targets, self.exclude, kinds=self._kinds)
         named = {parameter_name(run.pl_module, module): module for module in chosen.values()}
-        named.pop(self._last_layer(list(named)) or "", None)
+        named.pop(self._spared(run) or "", None)
         if not named:
             raise CompressionError(
                 f"{self.name}: nothing is left to prune: pattern {self.pattern} spares the outputs of the last layer, "
-                "and no other layer was targeted"
+                "and there is no other layer that it applies to; name layers in targets= if their outputs may go"
             )
         return named
 
-    def _last_layer(self, names: list[str]) -> str | None:
-        # Its output units are the model's outputs: classes, boxes. They may be thinned, not removed as a whole.
-        return names[-1] if self.pattern.kind in ("row", "filter") and tuple(self.targets) == ("*",) else None
+    @property
+    def _kinds(self) -> tuple[type[nn.Module], ...]:
+        """Types of layers that have what the pattern removes: rows are of Linear, filters of convolutions."""
+        return {"row": (nn.Linear,), "filter": CONVOLUTIONS}.get(self.pattern.kind, KINDS)
 
-    def _kept_by_pattern(self, run: Coordinator) -> str | None:
-        chosen = select(run.pl_module, self.targets, self.exclude, kinds=KINDS)
-        return self._last_layer([parameter_name(run.pl_module, module) for module in chosen.values()])
+    def _spared(self, run: Coordinator) -> str | None:
+        # Output units of the model's last layer are its outputs: classes, boxes. They go only if the user names them.
+        if self.pattern.kind not in ("row", "filter") or tuple(self.targets) != ("*",):
+            return None
+        last = list(select(run.pl_module, kinds=KINDS).values())[-1]
+        return parameter_name(run.pl_module, last) if isinstance(last, self._kinds) else None
 
     def _weights(self, run: Coordinator) -> dict[str, nn.Parameter]:
         parameters = run.adapter.parameters(run.pl_module)

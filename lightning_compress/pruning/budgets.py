@@ -132,7 +132,8 @@ class Supply:
         dense: Units it had in the dense model.
         step: Output channels of its first layer that one unit takes.
         width: Output channels of that layer now.
-        floor: Fewest units that may stay.
+        floor: Fewest units that should stay; given up if the target needs it.
+        least: Fewest units that may stay, whatever the target.
         scores: Importance of each unit, shape (units,).
         round_to: The kept width is a multiple of this many channels.
     """
@@ -143,6 +144,7 @@ class Supply:
     step: int
     width: int
     floor: int
+    least: int
     scores: np.ndarray
     round_to: int
 
@@ -201,13 +203,13 @@ def solve(
     floors = [s.floor for s in supplies]
     order = _order(supplies, floors, scope)
     if _cost_at(len(order), order, supplies, rounding, floors, cost) > target:
-        rounding, floors = [1] * len(supplies), [1] * len(supplies)
+        rounding, floors = [1] * len(supplies), [s.least for s in supplies]
         order = _order(supplies, floors, scope)
         smallest = _cost_at(len(order), order, supplies, rounding, floors, cost)
         if smallest > target:
             raise CompressionError(
-                f"the target {target:.6g} cannot be met: with one unit left of everything that can be cut the model "
-                f"still costs {smallest:.6g}; ask for at least that much. Fixed: {fixed}"
+                f"the target {target:.6g} cannot be met: with the fewest units left of everything that can be cut the "
+                f"model still costs {smallest:.6g}; ask for at least that much. Fixed: {fixed}"
             )
         notes.append("the target needs more than the usual largest share of a layer; floors and rounding are lifted")
     best = _fill(*_bisect(order, supplies, rounding, floors, cost, target), supplies, rounding, floors, cost, target)

@@ -256,13 +256,13 @@ class _Planner:
         place = next(i for i, s in enumerate(family.sides) if s.layer == layer and s.kind == "out")
         step, width = int(family.indices[place].shape[1]), family.sides[place].width
         units = max(self._dense.units.get(family.key, family.units), family.units)
-        floor = math.ceil(self._min_channels / step)
+        least = floor = max(1, min(math.ceil(self._min_channels / step), family.units))
         if self._scope == "global":
             floor = max(floor, math.ceil(round((1 - MAX_CUT) * units, 9)))
         rounding = self._round_to
         if rounding is None:
             rounding = _ROUND_TO if self._dense.widths.get(layer, width) >= _ROUND_FROM else 1
-        return Supply(family.key, family.units, units, step, width, min(floor, family.units), scores, rounding)
+        return Supply(family.key, family.units, units, step, width, min(floor, family.units), least, scores, rounding)
 
     def _goal(self, supplies: Sequence[Supply]) -> tuple[float, float]:
         if self._budget.unit == "channels":

@@ -100,7 +100,7 @@ CALLS: list[tuple[str, Callable[[], L.Callback], str]] = [
     ("exclude", lambda: Pruning(0.5, schedule=EARLY, exclude=("nett.0",)), NEAR.format("exclude")),
     ("all excluded", lambda: Pruning(0.5, schedule=EARLY, exclude=("net",)), "leaves out all 3.*Narrow exclude"),
     ("sparsity", lambda: Pruning(0.999, pattern="filter", schedule=EARLY), "0.999 cannot be met.*lower the sparsity"),
-    ("pattern", lambda: Pruning(0.5, pattern="row", schedule=EARLY), r"row applies to.*net.0.weight has.*exclude"),
+    ("pattern", lambda: Pruning(0.5, pattern="row", schedule=EARLY), r"spares the outputs of the last layer.*targets="),
     ("channel targets", lambda: ChannelPruning(0.5, schedule=EARLY, targets=("nett.0",)), NEAR.format("targets")),
     ("channel exclude", lambda: ChannelPruning(0.5, schedule=EARLY, exclude=("nett.0",)), NEAR.format("exclude")),
     ("all kept", lambda: ChannelPruning(0.5, schedule=EARLY, exclude=("net",)), "leaves out all 3 modules"),
