@@ -16,7 +16,7 @@ import fits
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, EMAWeightAveraging, ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -161,7 +161,7 @@ def fit(
     module = Student() if module is None else module
     options = {
         **fits.QUIET, "max_epochs": EPOCHS, "num_sanity_val_steps": 0, "devices": world,
-        "strategy": fits.strategy_of(kind), "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks),  # noqa: E501
+        "strategy": fits.strategy_of(kind), "enable_checkpointing": any(isinstance(c, Checkpoint) for c in callbacks),
         **settings,
     }  # fmt: skip
     extra = [ExactResume()] if exact else []

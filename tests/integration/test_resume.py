@@ -27,7 +27,7 @@ from lightning_compress.callbacks import ChannelPruning, Distillation, ExactResu
 from lightning_compress.callbacks.testing import TinyNet, tiny_loader
 
 EVERY_STOP = [*(f"step={n}" for n in range(1, STEPS + 1)), "epoch=0", "epoch=1"]
-# Masks change before steps 3, 6 and 9, cuts are made before 6 and 10; 4 and 8 end an epoch.
+# Masks change before steps 3, 6 and 9, cuts before 2 and 6 (and 10 if something is left to cut); 4 and 8 end an epoch.
 SOME_STOPS = ["step=1", "step=2", "step=5", "step=10", "epoch=0"]
 FINISHED = "epoch=2"
 
