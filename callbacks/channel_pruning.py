@@ -173,7 +173,7 @@ class ChannelPruning(CompressionCallback):
             plan, dense = run.adapter.decide(lambda: (self._plan(run, call, target), self._dense))
             self._dense = dense
             edits = [{**plan.edit, "by": self.name}] if plan.edit["slices"] else []
-            first = not run.edits
+            first = not run.is_changed
             transaction = run.edit(self.name, edits) if edits else None
             self._reached = plan.reached / plan.dense
             notes = [*plan.notes, *_summary(plan.skipped), *([] if transaction is None else transaction.notes)]

@@ -288,6 +288,11 @@ class Coordinator:
         return len(manifest.edits_of(self.pl_module))
 
     @property
+    def is_changed(self) -> bool:
+        """Whether any weights or channels are gone."""
+        return bool(self.edits) or bool(len(self.masking))
+
+    @property
     def step(self) -> int:
         """The schedule's clock: optimizer steps, or batches under manual optimization."""
         return self.trainer.global_step if self.pl_module.automatic_optimization else self.batches

@@ -12,6 +12,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from lightning_compress.callbacks import interplay
 from lightning_compress.callbacks.base import MASKS, CompressionCallback
 from lightning_compress.callbacks.events import EventRecord
 from lightning_compress.errors import CompressionError
@@ -60,6 +61,7 @@ class Pruning(CompressionCallback):
         exclude: Name patterns or types to leave out.
         mask_gradients: Zero the gradients of masked weights before clipping: ``"auto"`` does so where they could
             matter (gradient clipping, manual optimization, optimizers that use norms).
+        reset_monitors: At an event, EarlyStopping and ModelCheckpoint judge anew; the dense model's best files stay.
         hold_early_stopping: Keep EarlyStopping from judging before the last event.
         name: Tells two instances apart.
 
@@ -86,6 +88,7 @@ class Pruning(CompressionCallback):
         targets: Sequence[str] = ("*",),
         exclude: Sequence[str] = (),
         mask_gradients: bool | Literal["auto"] = "auto",
+        reset_monitors: bool = True,
         hold_early_stopping: bool = True,
         name: str | None = None,
     ) -> None:
@@ -111,7 +114,8 @@ class Pruning(CompressionCallback):
         as_patterns("exclude", exclude)
         self.sparsity, self.scope, self.mode = float(sparsity), scope, mode
         self.targets, self.exclude = targets, exclude
-        self.mask_gradients, self.hold_early_stopping = mask_gradients, hold_early_stopping
+        self.mask_gradients = mask_gradients
+        self.reset_monitors, self.hold_early_stopping = reset_monitors, hold_early_stopping
 
     # ------------------------------------------------------------------------------------------------------ life
     def reset(self) -> None:
@@ -229,14 +233,17 @@ class Pruning(CompressionCallback):
     def _mask(self, run: Coordinator, step: int, sparsity: float) -> None:
         with run.timed() as seconds:
             before = run.masking.densities()
+            first = not run.is_changed
             masks, whole = run.adapter.in_step(lambda: self._new_masks(run, sparsity))
             run.masking.commit(masks, whole, self.name)
+            kept = interplay.reset_monitors(run.trainer, first) if self.reset_monitors else []
             after = run.masking.densities()
             changes = [{"name": n, "before": before.get(n, 1.0), "after": after[n]} for n in masks]
             record = EventRecord(
                 step=step, epoch=run.trainer.current_epoch, technique="Pruning", name=self.name,
                 asked={"sparsity": sparsity}, reached={"sparsity": self._sparsity_of(run)},
-                layers=changes, seconds=seconds(),
+                layers=changes, notes=[f"the best file before the masks stays: {path}" for path in kept],
+                seconds=seconds(),
             )  # fmt: skip
         run.emit(record)
 

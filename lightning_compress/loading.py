@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import io
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -175,8 +176,8 @@ def load_from_checkpoint(cls: type[ModuleT], path: PathLike, **kwargs: Any) -> M
     if "pytorch-lightning_version" not in found:
         raise CompressionError(f"Lightning did not write {str(path)!r}; build the module and use `load(module, path)`")
     try:
-        with _one_file(path, found) as file:
-            module = _loading(cls).load_from_checkpoint(file, **kwargs)
+        with _one_file(path, found) as file, _replaying(_class_of(cls, found)):
+            module = cls.load_from_checkpoint(file, **kwargs)  # type: ignore[attr-defined]
     except RuntimeError as error:
         if isinstance(error, CompressionError) or not str(error).startswith("Error(s) in loading state_dict"):
             raise
@@ -184,22 +185,35 @@ def load_from_checkpoint(cls: type[ModuleT], path: PathLike, **kwargs: Any) -> M
             f"{str(path)!r} does not fit {cls.__name__}: {error}\nIs it of this class, and built with the same "
             "hyperparameters (pass them as keyword arguments if `save_hyperparameters` did not save them)?"
         ) from error
-    module.__class__ = cls
     manifests.apply_masks(module, found.get(manifests.KEY))
     return module  # type: ignore[no-any-return]
 
 
-def _loading(cls: type[Any]) -> type[Any]:
-    # `load_from_checkpoint` knows no callbacks, and the structure must change between building and loading: a passing
-    # subclass with the hook does that; the instance then goes back to the user's class.
+def _class_of(cls: type[Any], found: Mapping[str, Any]) -> type[Any]:
+    """The class that Lightning will build: `cls`, or the subclass of it that LightningCLI wrote down."""
+    module, _, name = str((found.get("hyper_parameters") or {}).get("_class_path", "")).rpartition(".")
+    real = getattr(sys.modules.get(module), name, None)
+    return real if isinstance(real, type) and issubclass(real, cls) else cls
+
+
+@contextmanager
+def _replaying(cls: type[Any]) -> Iterator[None]:
+    """Replay the manifest between building and loading; `load_from_checkpoint` knows no callbacks that could."""
+    own, inner = vars(cls).get("on_load_checkpoint"), cls.on_load_checkpoint
+
     def on_load_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:
         manifests.replay(self, checkpoint.get(manifests.KEY))
         checkpoint["state_dict"] = manifests.without_auxiliary(checkpoint["state_dict"])
-        super(loading, self).on_load_checkpoint(checkpoint)
+        inner(self, checkpoint)
 
-    body = {"on_load_checkpoint": on_load_checkpoint, "__module__": cls.__module__}
-    loading: type[Any] = type(cls.__name__, (cls,), body)
-    return loading
+    cls.on_load_checkpoint = on_load_checkpoint
+    try:
+        yield
+    finally:
+        if own is None:
+            del cls.on_load_checkpoint
+        else:
+            cls.on_load_checkpoint = own
 
 
 @contextmanager

@@ -61,7 +61,9 @@ def test_early_stopping_waits_for_the_last_event_and_works_afterwards(technique)
 
 
 def test_early_stopping_is_not_held_if_that_is_not_wanted():
-    trainer = run(Scores([1, 2, 3]), [EarlyStopping("score", patience=1), masks(hold_early_stopping=False)])
+    trainer = run(
+        Scores([1, 2, 3]), [EarlyStopping("score", patience=1), masks(hold_early_stopping=False, reset_monitors=False)]
+    )
     assert trainer.current_epoch == 2
 
 
