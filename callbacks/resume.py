@@ -24,9 +24,12 @@ class ExactResume(L.Callback):
     Lightning restores weights, optimizers and loops, but not the random generators: dropout and augmentation of a
     resumed run differ from the uninterrupted one. With this callback, and a data loader that can be resumed
     (``state_dict``/``load_state_dict``) if the run stops in mid-epoch, the two are equal bit for bit, on one device and
-    under DDP. The number of processes has to be the same.
+    under DDP. The number of processes has to be the same. A checkpoint from the end of an epoch needs no such loader;
+    the state of one that has it is restored then too, which Lightning does in mid-epoch only.
 
-    Kept are the generators of `random`, `numpy.random` (if numpy is loaded), torch on the CPU and each CUDA device.
+    Kept are the generators of `random`, `numpy.random`, torch on the CPU and each CUDA device. What draws from them in
+    `on_train_start` of a resumed run has to come before this callback in the list. With ``precision="64-true"`` build
+    the module in float64: Lightning loads into the module as it was built, and converts it afterwards.
 
     Example:
         >>> import lightning as L
@@ -130,6 +133,6 @@ def set_random_state(state: Mapping[str, Any]) -> None:
     random.setstate((python["version"], tuple(python["state"]), python["gauss"]))
     torch.set_rng_state(state["torch"])
     if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
+        torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])
     keys = numpy["keys"].numpy().astype(np.uint32)
     np.random.set_state((numpy["kind"], keys, numpy["position"], numpy["has_gauss"], numpy["cached"]))
