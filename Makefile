@@ -3,9 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.installed
 
-# One thread each: tests are small, and two-process tests share the cores. Nothing goes over the network.
-QUIET := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 WANDB_MODE=offline HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-PYTEST := $(QUIET) $(BIN)/python -m pytest
+# Nothing goes over the network. One thread for tests: they are small, and two-process tests share the cores.
+OFFLINE := WANDB_MODE=offline HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(OFFLINE) $(BIN)/python -m pytest
 
 CODE := lightning_compress callbacks tests tools $(wildcard examples benchmarks)
 EVIDENCE := $(sort $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)))
@@ -32,7 +32,7 @@ $(READY): pyproject.toml
 	touch $@
 
 quickstart: $(READY)
-	$(QUIET) $(BIN)/python examples/quickstart.py
+	$(OFFLINE) $(BIN)/python examples/quickstart.py
 
 unit: $(READY)
 	$(PYTEST) tests/unit

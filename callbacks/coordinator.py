@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import math
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -24,16 +23,15 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import nn
 
 from lightning_compress import manifest, surgery
-from lightning_compress.callbacks import interplay, transactions
+from lightning_compress.callbacks import interplay, restoring, transactions
 from lightning_compress.callbacks.base import CompressionCallback
 from lightning_compress.callbacks.checkpoint_hooks import MASKS, LoadHook, SaveHook, SetupHook, _Hook
+from lightning_compress.callbacks.clock import Clock
 from lightning_compress.callbacks.masking import Masking
 from lightning_compress.callbacks.signals import deferred_signals
-from lightning_compress.callbacks.strategies import StrategyAdapter, is_trusted, requested_checkpoint
+from lightning_compress.callbacks.strategies import StrategyAdapter, requested_checkpoint
 from lightning_compress.decisions import Decisions
-from lightning_compress.errors import CompressionError
 from lightning_compress.pipeline import StepPipeline
-from lightning_compress.schedule import ResolvedSchedule, Schedule
 
 if TYPE_CHECKING:
     from lightning import LightningModule, Trainer
@@ -44,7 +42,7 @@ if TYPE_CHECKING:
 _RUNS: weakref.WeakKeyDictionary[Trainer, Coordinator] = weakref.WeakKeyDictionary()
 
 
-class Coordinator:
+class Coordinator(Clock):
     """What the compression callbacks of one Trainer share while it runs.
 
     Args:
@@ -54,15 +52,13 @@ class Coordinator:
     """
 
     def __init__(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self.trainer = trainer
-        self.pl_module = pl_module
+        super().__init__(trainer, pl_module)
         self.stage = stage
         self.adapter = StrategyAdapter(trainer)
         self.techniques = sorted(self._ours(), key=lambda callback: callback.order)
         self.pipeline = StepPipeline(step_of=self._clock)
         self.masking = Masking(trainer, pl_module, self.adapter, pl_module.__dict__.get(MASKS, {}))
         self.decisions = Decisions()
-        self.batches = 0
         self.unedited: LightningModule | None = None
         self.batch: Any = None
         self._hooks: list[_Hook] = []
@@ -148,26 +144,12 @@ class Coordinator:
         path = requested_checkpoint(self.trainer)
         path = self.adapter.broadcast(path)
         if path is not None:
-            self.adapter.in_step(lambda: self._replay(path))
+            self.adapter.in_step(lambda: restoring.replay(self, path))
         if self.stage == "fit":
             for technique in self.techniques:
                 technique.at_setup(self)
         if len(manifest.edits_of(self.pl_module)) != before:
             interplay.rebuild_averages(self)
-
-    def _replay(self, path: str) -> None:
-        found = manifest.read(path, weights_only=not is_trusted(self.trainer)) or {}
-        recorded = found.get("edits", [])
-        sharded = any(hasattr(p, "device_mesh") for p in self.pl_module.parameters())
-        if sharded and len(recorded) > len(manifest.edits_of(self.pl_module)):
-            raise CompressionError(
-                "the model was sharded in `configure_model` before the structure of the checkpoint could be restored; "
-                "call `lightning_compress.materialize(self.model)` right before `fully_shard`"
-            )
-        manifest.replay(self.pl_module, found, self.setup_journal)
-        if self.stage != "fit" and self.adapter.is_sharded:  # once sharded, layers cannot be given masks
-            self.masking.packed = dict(found.get("masks") or {})
-            self.masking.attach_packed()
 
     def _copy_of_module(self) -> LightningModule:
         module = copy.deepcopy(self.pl_module)
@@ -243,35 +225,8 @@ class Coordinator:
 
     # --------------------------------------------------------------------------------------------------- checkpoints
     def on_load(self, checkpoint: dict[str, Any]) -> None:
-        """Before the weights of a checkpoint are loaded."""
-        recorded = checkpoint.get(manifest.KEY) or {}
-        if self.adapter.is_sharded:
-            have = manifest.of(self.pl_module)["edits"]
-            if not manifest.equal(list(recorded.get("edits", [])), have):
-                raise CompressionError(
-                    "this strategy loads weights after sharding, and the structure of the checkpoint was not known at "
-                    "setup; set `trainer.ckpt_path = path` before `fit`, or pass ckpt_path= to it"
-                )
-        else:
-            manifest.replay(self.pl_module, recorded, self.setup_journal)
-            manifest.check_masks(self.pl_module, recorded)
-        self.masking.packed = dict(recorded.get("masks") or {})
-        own = {k: v for k, v in self.pl_module.state_dict().items() if k not in manifest.without_auxiliary({k: v})}
-        for key in ("state_dict", "current_model_state"):
-            if key in checkpoint:  # helper modules that only one side has are no reason to refuse
-                state = checkpoint[key]
-                known = {k: v for k, v in state.items() if k in own}
-                checkpoint[key] = manifest.without_auxiliary(state)
-                checkpoint[key].update({k: known.get(k, v) for k, v in own.items()})
-        self._say_warm_starts(checkpoint)
-
-    def _say_warm_starts(self, checkpoint: dict[str, Any]) -> None:
-        known = checkpoint.get("callbacks")
-        if self.stage != "fit" or known is None:
-            return
-        fresh = [t.name for t in self.techniques if t.state_key not in known]
-        if fresh:
-            rank_zero_info(f"lightning-compress: the checkpoint does not know {', '.join(fresh)}; they start afresh")
+        """See `restoring.load`."""
+        restoring.load(self, checkpoint)
 
     def packed_masks(self) -> dict[str, Any]:
         """The masks as a checkpoint holds them.
@@ -291,37 +246,6 @@ class Coordinator:
     def is_changed(self) -> bool:
         """Whether any weights or channels are gone."""
         return bool(self.edits) or bool(len(self.masking))
-
-    @property
-    def step(self) -> int:
-        """The schedule's clock: optimizer steps, or batches under manual optimization."""
-        return self.trainer.global_step if self.pl_module.automatic_optimization else self.batches
-
-    @property
-    def total_steps(self) -> float | None:
-        """How many steps the fit will make, or ``None``; known from ``on_train_start`` on."""
-        if self.pl_module.automatic_optimization:
-            return interplay.total_steps(self.trainer)
-        epochs, batches = self.trainer.max_epochs, self.trainer.num_training_batches
-        return epochs * batches if epochs is not None and epochs > 0 else None
-
-    @property
-    def steps_per_epoch(self) -> float | None:
-        """Steps of one epoch, or ``None``."""
-        batches: float = self.trainer.num_training_batches
-        if not math.isfinite(batches):
-            return None
-        accumulate = interplay.accumulation(self.trainer) if self.pl_module.automatic_optimization else 1
-        return None if accumulate is None else math.ceil(batches / accumulate)
-
-    @property
-    def is_trial(self) -> bool:
-        """Whether this is Lightning's ``fast_dev_run``."""
-        return bool(self.trainer.fast_dev_run)  # type: ignore[attr-defined]
-
-    def resolve(self, schedule: Schedule) -> ResolvedSchedule:
-        """A schedule in steps of this fit."""
-        return schedule.resolve(self.total_steps, self.steps_per_epoch, self.is_trial)
 
     def _helpers(self) -> list[tuple[str, nn.Module]]:
         """Our own modules inside the user's, which exist only during training."""

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_compress.errors import CompressionError
+from lightning_compress.optimizer_state import carry_state as carry_state
+from lightning_compress.optimizer_state import refuse_optimizer as refuse_optimizer
 from lightning_compress.targets import clean_name
 
 Edit = Mapping[str, Any]
@@ -338,94 +340,3 @@ def replace_module(root: nn.Module, name: str, new: nn.Module, swaps: Sequence[S
             if module is found:
                 journal.set_item(parent._modules, child, new)
     return list(swaps)
-
-
-# -------------------------------------------------------------------------------------------------------- optimizers
-def refuse_optimizer(optimizer: Optimizer) -> None:
-    """Raise for an optimizer whose state cannot be followed.
-
-    Raises:
-        CompressionError: For LBFGS and for optimizers that partition parameters when they are built.
-    """
-    name = type(optimizer).__name__
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise CompressionError(
-            "LBFGS keeps one flat history for all parameters, which cannot follow a structural edit; "
-            "use another optimizer, or make the edit before training (schedule='setup')"
-        )
-    if hasattr(optimizer, "consolidate_state_dict"):
-        raise CompressionError(
-            f"{name} partitions the parameters when it is built and cannot follow a structural edit; "
-            "use the plain optimizer, or make the edit before training (schedule='setup')"
-        )
-
-
-def carry_state(optimizer: Optimizer, swaps: Sequence[Swap], names: Mapping[int, str], journal: Journal) -> list[str]:
-    """Edit `param_groups` and `state` in place, at the same positions.
-
-    In place, so that learning-rate schedulers, GradScaler and Lightning keep their references; at the same positions,
-    because the optimizer's state dict is positional. State of the parameter's shape is mapped, scalars are copied,
-    anything else (factored or packed state) restarts.
-
-    Args:
-        optimizer: The optimizer.
-        swaps: What was replaced.
-        names: New names by ``id(parameter)``, for optimizers built from ``named_parameters()``.
-        journal: Records how to undo.
-
-    Returns:
-        A remark for each parameter whose state had to restart.
-    """
-    by_id = {id(s.old): s for s in swaps if isinstance(s.old, nn.Parameter)}
-    held = [p for group in optimizer.param_groups for p in group["params"] if id(p) in by_id]
-    for group in optimizer.param_groups:
-        if any(id(p) in by_id for p in group["params"]):
-            _carry_group(group, by_id, names, journal)
-    notes: list[str] = []
-    for old in held:
-        notes += _carry_parameter(optimizer, by_id[id(old)], journal)
-    return notes
-
-
-def _carry_group(group: dict[str, Any], by_id: Mapping[int, Swap], names: Mapping[int, str], journal: Journal) -> None:
-    params: list[Tensor] = []
-    labels: list[str] = []
-    old_labels = group.get("param_names") or [""] * len(group["params"])
-    for old, label in zip(group["params"], old_labels, strict=True):
-        swap = by_id.get(id(old))
-        for new in [old] if swap is None else [n.tensor for n in swap.new]:
-            params.append(new)
-            labels.append(label if swap is None else names.get(id(new), label))
-    journal.set_list(group["params"], params)
-    if "param_names" in group:
-        journal.set_list(group["param_names"], labels)
-
-
-def _carry_parameter(optimizer: Optimizer, swap: Swap, journal: Journal) -> list[str]:
-    state = optimizer.state.pop(swap.old, None)
-    if not state:
-        return []
-    journal.on_undo(lambda: optimizer.state.__setitem__(swap.old, state))
-    shape = swap.old.shape
-    whole = all(not isinstance(v, Tensor) or v.numel() <= 1 or v.shape == shape for v in state.values())
-    notes = []
-    for new in swap.new:
-        if new.state_map is None or not whole:
-            why = "its state is not element-wise" if not whole else "it is a new kind of parameter"
-            notes.append(f"{type(optimizer).__name__} state of {new.name} restarts: {why}")
-            continue
-        mapped = {k: _map_state(v, shape, new) for k, v in state.items()}
-        journal.set_item(optimizer.state, new.tensor, mapped)
-    return notes
-
-
-def _map_state(value: Any, shape: torch.Size, new: New) -> Any:
-    if not isinstance(value, Tensor):
-        return value
-    if value.shape != shape or value.dim() == 0 or new.state_map is None:
-        return value.clone()
-    mapped = new.state_map(value)
-    if mapped.shape != new.tensor.shape:
-        return mapped.clone()
-    # Fused optimizers walk through the memory of weight and state side by side: both must have one layout.
-    return torch.empty_like(new.tensor, dtype=mapped.dtype, requires_grad=False).copy_(mapped)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_compress.callbacks.strategies import Verdict
+    from lightning_compress.callbacks.capabilities import Verdict
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTICE = "<!-- Written by tools/make_pages.py: change the code and run `make pages`. -->\n\n"
@@ -154,7 +154,7 @@ def _settings(node: Any, named: Mapping[str, Any]) -> str:
 
 def pages() -> dict[Path, str]:
     """The generated pages: file and text."""
-    from lightning_compress.callbacks.strategies import CAPABILITIES
+    from lightning_compress.callbacks.capabilities import CAPABILITIES
 
     return {
         ROOT / "docs" / "api.md": api_page(),

@@ -27,8 +27,9 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import nn
 
+from lightning_compress.callbacks.capabilities import _KIND_OF_CLASS, kind_of
 from lightning_compress.callbacks.checkpoint_hooks import ConfigureHook, SaveHook
-from lightning_compress.callbacks.strategies import _KIND_OF_CLASS, kind_of, requested_checkpoint, uses_spawn
+from lightning_compress.callbacks.strategies import requested_checkpoint, uses_spawn
 from lightning_compress.callbacks.testing import TinyNet, free_port, tiny_loader
 
 
@@ -46,7 +47,7 @@ def trainer(**settings: Any) -> L.Trainer:
 @pytest.mark.parametrize("name", _KIND_OF_CLASS)
 def test_strategies_are_told_by_names_of_classes_that_exist(name):
     cls = getattr(lightning_strategies, name, None)
-    needs(cls is not None, f"lightning.pytorch.strategies has no {name}", "_KIND_OF_CLASS in strategies.py")
+    needs(cls is not None, f"lightning.pytorch.strategies has no {name}", "_KIND_OF_CLASS in capabilities.py")
     assert kind_of(object.__new__(cls)) == _KIND_OF_CLASS[name]
 
 

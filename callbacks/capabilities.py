@@ -1,0 +1,79 @@
+"""What works under which strategy; the documentation's table is made from this one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lightning_compress.errors import CompressionError
+
+Kind = Literal["single", "ddp", "fsdp2", "fsdp1", "deepspeed"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a feature works under a strategy.
+
+    Args:
+        text: What the documentation's table says.
+        refusal: Why it does not work and the ways out; ``None`` if it works.
+    """
+
+    text: str
+    refusal: str | None = None
+
+
+_YES = Verdict("yes")
+_FIXED_SHAPES = (
+    "it shards the parameters before training, so that shapes are fixed during `fit`. Three ways out: cut at the start "
+    "(schedule='setup'), use masks (Pruning) now and cut in a second fit, or train with strategy='ddp'"
+)
+_DEEPSPEED = (
+    "it keeps fp32 master copies and accumulation of its own, which would overwrite every change. Use strategy='ddp', "
+    "or ModelParallelStrategy for sharding"
+)
+_LATER = Verdict("later", "it is not supported yet. Use strategy='ddp' or ModelParallelStrategy")
+_MIDFIT = Verdict("refused, three ways out", _FIXED_SHAPES)
+_INITIAL = Verdict("refused", "a dense copy of a sharded model cannot be kept. Pass a checkpoint path or a module")
+
+CAPABILITIES: dict[str, dict[Kind, Verdict]] = {
+    "masks, mid-fit": {
+        "single": _YES, "ddp": _YES, "fsdp2": _YES, "fsdp1": _YES, "deepspeed": Verdict("refused", _DEEPSPEED),
+    },
+    "structure, mid-fit": {
+        "single": _YES, "ddp": Verdict("yes, re-wrapped"), "fsdp2": _MIDFIT, "fsdp1": _MIDFIT,
+        "deepspeed": Verdict("refused", _DEEPSPEED),
+    },
+    "structure, at the start or from a checkpoint": {
+        "single": _YES, "ddp": _YES, "fsdp2": _YES, "fsdp1": _YES, "deepspeed": Verdict("ZeRO 1-2, not run"),
+    },
+    "distillation": {"single": _YES, "ddp": _YES, "fsdp2": _YES, "fsdp1": _YES, "deepspeed": _LATER},
+    "distillation from teacher='initial'": {
+        "single": _YES, "ddp": _YES, "fsdp2": _INITIAL, "fsdp1": _INITIAL, "deepspeed": _LATER,
+    },
+    "exact resume": {"single": _YES, "ddp": _YES, "fsdp2": _YES, "fsdp1": _YES, "deepspeed": Verdict("not run")},
+}  # fmt: skip
+
+# By class name in the MRO, so that subclasses and the `pytorch_lightning` copies of the classes are recognised too.
+_KIND_OF_CLASS: dict[str, Kind] = {
+    "DeepSpeedStrategy": "deepspeed",
+    "ModelParallelStrategy": "fsdp2",
+    "FSDPStrategy": "fsdp1",
+    "DDPStrategy": "ddp",
+    "SingleDeviceStrategy": "single",
+}
+
+
+def kind_of(strategy: object) -> Kind:
+    """Name the kind of a strategy.
+
+    Raises:
+        CompressionError: If it is none of the supported ones.
+    """
+    for cls in type(strategy).__mro__:
+        if cls.__name__ in _KIND_OF_CLASS:
+            return _KIND_OF_CLASS[cls.__name__]
+    raise CompressionError(
+        f"strategy {type(strategy).__name__} is unknown to lightning-compress; "
+        f"supported are {', '.join(sorted(_KIND_OF_CLASS))} and their subclasses"
+    )
