@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from lightning_compress.errors import CompressionError
 
 if TYPE_CHECKING:
-    from lightning_compress.surgery import Journal, Swap
+    from lightning_compress.surgery import Journal, New, Swap
 
 
 def refuse_optimizer(optimizer: Optimizer) -> None:

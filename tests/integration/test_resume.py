@@ -265,7 +265,7 @@ def test_a_callback_that_the_file_does_not_know_starts_afresh_and_is_listed(
     fit([*TECHNIQUES["masks"](tmp_path), every_epoch(tmp_path)])
     late = ChannelPruning(keep_macs=0.5, schedule=lc.Schedule(begin=6, end=8, every=2), name="late")
     said: list[str] = []
-    monkeypatch.setattr("lightning_compress.callbacks.coordinator.rank_zero_info", said.append)
+    monkeypatch.setattr("lightning_compress.callbacks.restoring.rank_zero_info", said.append)
     module, _ = fit([*TECHNIQUES["masks"](tmp_path), late], resume=tmp_path / "epoch=0.ckpt", exact=False)
     assert any("does not know late" in line for line in said)
     assert len(manifest.edits_of(module)) == 2
