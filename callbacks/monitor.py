@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -35,6 +37,8 @@ class CompressionMonitor(CompressionCallback):
         max_layers: Longest table of layers, at least 0; the most changed ones are shown, and how many more there are.
         print_events: Print at each event too, not only at the end.
         progress_bar: Show the newest values in the progress bar.
+        log_model: With a `WandbLogger`, log the final model as an artifact: its weights-only checkpoint, and its
+            manifest as JSON. Sharded strategies write folders, which are not logged.
         name: Tells two instances apart.
 
     Raises:
@@ -50,7 +54,12 @@ class CompressionMonitor(CompressionCallback):
     order: ClassVar[int] = REPORT
 
     def __init__(
-        self, max_layers: int = 10, print_events: bool = True, progress_bar: bool = True, name: str | None = None
+        self,
+        max_layers: int = 10,
+        print_events: bool = True,
+        progress_bar: bool = True,
+        log_model: bool = True,
+        name: str | None = None,
     ) -> None:
         if isinstance(max_layers, bool) or not isinstance(max_layers, int):
             raise TypeError(f"max_layers is a whole number; got {max_layers!r}")
@@ -59,6 +68,7 @@ class CompressionMonitor(CompressionCallback):
         self.max_layers = max_layers
         self.print_events = print_events
         self.progress_bar = progress_bar
+        self.log_model = log_model
         super().__init__(name)
 
     # ------------------------------------------------------------------------------------------------------ lifetime
@@ -116,6 +126,22 @@ class CompressionMonitor(CompressionCallback):
             | {f"{PREFIX}/total_seconds": seconds, f"{PREFIX}/record_bytes": record_bytes}
         )
         _say(run.trainer, self._final_text(run.trainer, totals, record_bytes, seconds))
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the final model, now that every callback has put its last hand to it (averages are copied at the end)."""
+        run = Coordinator.of(trainer)
+        if run is None or not self.log_model or not self.history or run.adapter.is_sharded:
+            return
+        if not run.adapter.broadcast(Tracker(trainer).takes_artifacts):
+            return
+        with tempfile.TemporaryDirectory() as own:
+            path = Path(run.adapter.broadcast(own), "model.ckpt")
+            trainer.save_checkpoint(path, weights_only=True)  # on every rank; rank 0 writes
+            if trainer.is_global_zero:
+                totals = {"class": type(pl_module).__name__, **_totals(trainer, pl_module)}
+                record = {**manifest.of(pl_module), "masks": run.packed_masks()}
+                Tracker(trainer).log_artifact(path, "compressed-model", totals, record)
+            trainer.strategy.barrier()  # nobody removes the folder before it was read
 
     # --------------------------------------------------------------------------------------------------------- state
     def state_dict(self) -> dict[str, Any]:

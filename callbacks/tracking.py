@@ -160,6 +160,11 @@ class Tracker:
             rows = [[record.step, layer["name"], layer["before"], layer["after"]] for layer in record.layers]
             self.log_table(f"{head}/layers", ["event_step", "layer", "before", "after"], rows, step)
 
+    @property
+    def takes_artifacts(self) -> bool:
+        """Whether a logger of this rank keeps model files."""
+        return any(_is(logger, "WandbLogger") for logger in self._loggers())
+
     def log_artifact(
         self,
         path: str | Path,

@@ -5,6 +5,7 @@ import struct
 import time
 from types import SimpleNamespace
 
+import fits
 import lightning as L
 import pytest
 import torch
@@ -12,8 +13,11 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from short_fits import Net, fit, read_csv
 from torch import nn
 
+import lightning_compress as lc
 from lightning_compress import exporting, manifest
+from lightning_compress.callbacks import CompressionMonitor
 from lightning_compress.callbacks.events import EventRecord
+from lightning_compress.callbacks.testing import TinyNet, tiny_loader
 from lightning_compress.callbacks.tracking import Tracker
 from lightning_compress.schedule import Schedule
 
@@ -260,6 +264,34 @@ def test_an_offline_wandb_run_holds_everything(tmp_path, monkeypatch):
     assert torch.equal(stored["weight"], net.weight)
     with open(files["manifest.json"]) as file:
         assert manifest.equal(exporting.decode(file.read())["edits"][0]["keep"], torch.tensor([1, 2]))
+
+
+def test_a_fit_logs_its_compressed_model_offline(tmp_path, monkeypatch):
+    import wandb
+
+    for name in ("WANDB_DIR", "WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    logger = WandbLogger(project="test", offline=True, save_dir=str(tmp_path))
+    ours = [*fits.TECHNIQUES["masks"](), *fits.TECHNIQUES["channels"](), CompressionMonitor(print_events=False)]
+    trainer = L.Trainer(**{**fits.QUIET, "logger": logger}, max_epochs=4, num_sanity_val_steps=0, callbacks=ours)
+    net = TinyNet()
+    trainer.fit(net, tiny_loader())
+    wandb.finish()
+
+    [run] = tmp_path.glob("**/run-*.wandb")
+    [artifact] = [record.artifact for record in finished_records(run) if record.artifact.type == "model"]
+    files = {entry.path: entry.local_path for entry in artifact.manifest.contents}
+    assert set(files) == {"model.ckpt", "manifest.json"}
+    small = lc.load_from_checkpoint(TinyNet, files["model.ckpt"])
+    x = torch.randn(2, 1, 8, 8)
+    assert torch.equal(small.eval()(x), net.eval()(x))
+    with open(files["manifest.json"]) as file:
+        record = exporting.decode(file.read())
+    assert manifest.equal(record["edits"], manifest.edits_of(net))
+    assert set(record["masks"]) == {"net.0.weight", "net.3.weight", "net.9.weight"}
+    assert json.loads(artifact.metadata)["class"] == "TinyNet"
 
 
 def test_refusals(tmp_path):
