@@ -21,10 +21,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_compress import surgery
 from lightning_compress.errors import CompressionError
+from lightning_compress.nested import tensor_leaves
 from lightning_compress.probe import ExampleCall
 from lightning_compress.pruning.budgets import Budget
 from lightning_compress.pruning.channels import CutPlan, dense_reference, plan_cut
-from lightning_compress.pruning.untouched import tensor_leaves
 
 
 class DoubleConv(nn.Sequential):

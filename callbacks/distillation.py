@@ -16,7 +16,8 @@ from lightning_compress.distillation.losses import KD
 from lightning_compress.distillation.source import TapSource
 from lightning_compress.distillation.teachers import Teacher, find_student_module, resolve_teacher_module
 from lightning_compress.errors import CompressionError
-from lightning_compress.probe import ExampleCall, from_example_inputs, map_tensors
+from lightning_compress.nested import map_tensors
+from lightning_compress.probe import ExampleCall, from_example_inputs
 from lightning_compress.schedule import Scheduled
 from lightning_compress.terms import LossTerm, Shapes, child_name, non_negative
 
@@ -210,7 +211,7 @@ class Distillation(CompressionCallback):
             def cast(tensor: Tensor) -> Tensor:
                 return tensor.to(like.dtype) if tensor.is_floating_point() else tensor
 
-            call = ExampleCall(call.module, map_tensors(call.args, cast), map_tensors(call.kwargs, cast))
+            call = ExampleCall(call.module, map_tensors(cast, call.args), map_tensors(cast, call.kwargs))
         return source.measure(lambda: call.run(student))
 
     def followers(self, run: Coordinator) -> Sequence[Follower]:

@@ -10,7 +10,8 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor
 
 from lightning_compress.errors import CompressionError
-from lightning_compress.probe import ExampleCall, from_example_inputs, map_tensors, record_call
+from lightning_compress.nested import map_tensors
+from lightning_compress.probe import ExampleCall, from_example_inputs, record_call
 
 if TYPE_CHECKING:
     from lightning import LightningModule
@@ -82,13 +83,13 @@ def smaller(call: ExampleCall) -> ExampleCall:
         sizes.add(tensor.shape[0] if tensor.dim() else 0)
         return tensor
 
-    map_tensors((call.args, call.kwargs), note)
+    map_tensors(note, (call.args, call.kwargs))
     if len(sizes) != 1 or min(sizes) <= _SAMPLES:
         return call
     return ExampleCall(
         call.module,
-        map_tensors(call.args, lambda t: t[:_SAMPLES].clone()),
-        map_tensors(call.kwargs, lambda t: t[:_SAMPLES].clone()),
+        map_tensors(lambda t: t[:_SAMPLES].clone(), call.args),
+        map_tensors(lambda t: t[:_SAMPLES].clone(), call.kwargs),
     )
 
 
@@ -98,8 +99,8 @@ def to_state(call: ExampleCall | None) -> dict[str, Any] | None:
         return None
     return {
         "module": call.module,
-        "args": list(map_tensors(call.args, lambda t: t.detach().cpu())),
-        "kwargs": map_tensors(dict(call.kwargs), lambda t: t.detach().cpu()),
+        "args": list(map_tensors(lambda t: t.detach().cpu(), call.args)),
+        "kwargs": map_tensors(lambda t: t.detach().cpu(), dict(call.kwargs)),
     }
 
 

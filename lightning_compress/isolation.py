@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 import sys
-from collections import deque
+import warnings
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
@@ -13,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+
+_CONTAINERS = (dict, OrderedDict, list, set, deque)
 
 
 @contextmanager
@@ -48,6 +51,35 @@ def isolated_rng(seed: int | None = None) -> Iterator[None]:
 
 
 @contextmanager
+def untouched(root: nn.Module) -> Iterator[None]:
+    """Put everything back that running a model, or editing its registries, may have changed.
+
+    Modes and gradients stay what they are, so that autograd graphs can be made; compiled parts run eagerly. Undone are
+    each module's attributes with one level of plain containers, its registries (hence replaced parameters, buffers and
+    children), the values of buffers, `requires_grad`, `.grad`, and all random numbers. Parameters are not copied: a
+    forward pass that writes into them is the caller's business (`as_found` undoes that too).
+
+    Args:
+        root: The model.
+
+    Example:
+        >>> norm = nn.BatchNorm1d(2)
+        >>> with untouched(norm):
+        ...     _ = norm(torch.ones(4, 2))
+        ...     norm.weight = nn.Parameter(torch.zeros(1))
+        ...     _ = norm.eval()
+        >>> norm.training, norm.weight.shape, norm.running_mean.tolist()
+        (True, torch.Size([2]), [0.0, 0.0])
+    """
+    with ExitStack() as undo, isolated_rng():
+        for module in list(root.modules()):
+            undo.callback(_restorer(module, registries=True))
+        undo.enter_context(_no_fast_paths())
+        undo.enter_context(torch.inference_mode(False))
+        yield
+
+
+@contextmanager
 def as_found(root: nn.Module) -> Iterator[MemoryWatch]:
     """Run the model in eval mode, eagerly and without gradients, and undo whatever that changes.
 
@@ -74,7 +106,7 @@ def as_found(root: nn.Module) -> Iterator[MemoryWatch]:
         watch = MemoryWatch(tensor for module in modules for tensor in _tensors_of(module))
         undo.callback(watch.restore)  # first in, last out: contents go back after everything else
         for module in modules:
-            undo.callback(_restorer(module))
+            undo.callback(_restorer(module, registries=False))
             module.training = False  # not eval(): a model may override train() to do more than that
         undo.callback(_reshard, root)
         undo.enter_context(_no_fast_paths())
@@ -157,6 +189,9 @@ def _no_fast_paths() -> Iterator[None]:
     with ExitStack() as undo:
         if "torch._dynamo" in sys.modules:  # otherwise nothing is compiled, and importing it takes seconds
             undo.enter_context(torch.compiler.set_stance("force_eager"))
+            undo.enter_context(warnings.catch_warnings())
+            # The FLOP counter's hooks are global, which a compiled module mentions although it runs eagerly here.
+            warnings.filterwarnings("ignore", message=".*there are global hooks on modules")
         torch.backends.mha.set_fastpath_enabled(False)
         undo.callback(torch.backends.mha.set_fastpath_enabled, fused)
         yield
@@ -169,28 +204,33 @@ def _reshard(root: nn.Module) -> None:
             cast(Any, module).reshard()
 
 
-def _restorer(module: nn.Module) -> Callable[[], None]:
-    """What puts a module's own attributes, buffers and flags back."""
+def _restorer(module: nn.Module, registries: bool) -> Callable[[], None]:
+    """What puts a module's own attributes, buffers and flags back.
+
+    Args:
+        module: The module.
+        registries: Parameters and children that were replaced come back too; not where sharding replaces them itself.
+    """
     training = module.training
     if isinstance(module, torch.jit.ScriptModule):  # its attributes live in C++ and are not ours to reorder
         return lambda: setattr(module, "training", training)
-    attributes = {k: v for k, v in vars(module).items() if k not in ("_parameters", "_buffers", "_modules")}
-    containers = [(v, v.copy()) for v in attributes.values() if type(v) in (list, dict, set, deque)]
+    others = () if registries else ("_parameters", "_modules")
+    attributes = {k: v for k, v in vars(module).items() if k not in others}
+    containers = [(v, v.copy()) for v in attributes.values() if type(v) in _CONTAINERS]
     # Copied up front: batch norm writes running statistics without saying so in its operator's schema.
-    buffers = {k: (b, None if b is None or b.is_meta else b.clone()) for k, b in module._buffers.items()}
+    buffers = [(b, b.detach().clone()) for b in module._buffers.values() if b is not None and not b.is_meta]
     parameters = [(p, p.requires_grad, p.grad) for p in module.parameters(recurse=False)]
 
+    @torch.no_grad()
     def restore() -> None:
         vars(module).update(attributes)
-        for name in set(vars(module)) - set(attributes) - {"_parameters", "_buffers", "_modules"}:
+        for name in set(vars(module)) - set(attributes) - set(others):
             del vars(module)[name]
         for container, content in containers:
             container.clear()
             (container.extend if isinstance(container, list | deque) else container.update)(content)
-        module._buffers.clear()
-        for name, (buffer, content) in buffers.items():
-            module._buffers[name] = buffer
-            if buffer is not None and content is not None and not torch.equal(buffer, content):
+        for buffer, content in buffers:
+            if not torch.equal(buffer, content):
                 buffer.copy_(content)
         for parameter, requires_grad, grad in parameters:
             parameter.requires_grad_(requires_grad)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from torch.utils.data import IterableDataset, default_collate
 
 from lightning_compress.errors import CompressionError
 from lightning_compress.isolation import MemoryWatch, as_found, isolated_rng
+from lightning_compress.nested import map_tensors
 from lightning_compress.targets import get_submodule_clean, named_modules_clean, wrapped_module
 
 
@@ -59,7 +60,7 @@ class ExampleCall:
         return self._map(lambda tensor: tensor.to(device))
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> ExampleCall:
-        return ExampleCall(self.module, map_tensors(self.args, change), map_tensors(self.kwargs, change))
+        return ExampleCall(self.module, map_tensors(change, self.args), map_tensors(change, self.kwargs))
 
 
 class Recording(NamedTuple):
@@ -219,26 +220,6 @@ def _entry(root: nn.Module, name: str) -> nn.Module:
 def _some(names: Sequence[str] | dict[str, None], most: int = 6) -> str:
     listed = [name or "the root" for name in names]
     return ", ".join(listed[:most]) + (f" and {len(listed) - most} more" if len(listed) > most else "") or "nothing"
-
-
-def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Apply `change` to every tensor in nested tuples, lists, dicts and dataclasses; keep everything else.
-
-    Example:
-        >>> map_tensors({"a": [torch.ones(1), "text"]}, lambda tensor: tensor + 1)
-        {'a': [tensor([2.]), 'text']}
-    """
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(map_tensors(item, change) for item in value))
-    if type(value) in (tuple, list):
-        return type(value)(map_tensors(item, change) for item in value)
-    if type(value) is dict:
-        return {key: map_tensors(item, change) for key, item in value.items()}
-    if is_dataclass(value) and not isinstance(value, type) and not isinstance(value, nn.Module | dict):
-        return replace(value, **{f.name: map_tensors(getattr(value, f.name), change) for f in fields(value) if f.init})
-    return value
 
 
 def calibration_batches(

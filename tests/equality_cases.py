@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import fits
+from lightning.pytorch.loggers import CSVLogger
+from short_fits import read_csv
+
+from lightning_compress.callbacks import CompressionMonitor
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,16 @@ def _runner(case: Case) -> Callable[[], dict[str, Any]]:
 
 
 globals().update({case.name: _runner(case) for case in CASES})
+
+
+def logged() -> list[float] | None:
+    """The sparsities that a CSV logger of this rank got from the monitor; `None` if it wrote nothing."""
+    with tempfile.TemporaryDirectory() as folder:
+        logger = CSVLogger(folder, name="", version="")
+        fits.fit([*fits.TECHNIQUES["masks"](), CompressionMonitor(print_events=False)], "ddp", logger=logger)
+        file = Path(folder, "metrics.csv")
+        key = "compression/Pruning/sparsity"
+        return [float(row[key]) for row in read_csv(file) if row.get(key)] if file.is_file() else None
 
 
 def one_process(case: Case) -> dict[str, Any]:

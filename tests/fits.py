@@ -31,10 +31,15 @@ CUTS = lc.Schedule(begin=3, end=9, every=6)
 
 
 class Losses(L.Callback):
-    """Collects the loss of each batch, averaged over ranks."""
+    """Collects the loss of each batch, averaged over ranks, and a digest of what this rank trains on after events."""
 
     def __init__(self) -> None:
         self.values: list[float] = []
+        self.digests: list[str] = []
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if not StrategyAdapter(trainer).is_sharded:
+            self.digests.append(manifest.digest(dict(pl_module.state_dict())))
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.values.append(float(trainer.strategy.reduce(outputs["loss"].detach().clone(), reduce_op="mean")))
@@ -138,7 +143,7 @@ def fit(
     )
     loader = tiny_loader(world_size=world, rank=rank() if world > 1 else 0)
     fitter.fit(module, loader, loader if validate else None)
-    return {**outcome(module, fitter), "losses": losses.values}
+    return {**outcome(module, fitter), "losses": losses.values, "digests": losses.digests}
 
 
 def outcome(module: L.LightningModule, trainer: L.Trainer) -> dict[str, Any]:

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.distillation.taps import Call, TapSet, tensors_in
+from lightning_compress.distillation.taps import Call, TapSet
 from lightning_compress.distillation.teachers import Teacher
 from lightning_compress.errors import CompressionError
+from lightning_compress.nested import tensors_in
 from lightning_compress.schedule import Scheduled
 from lightning_compress.targets import get_submodule_clean
 from lightning_compress.terms import LossTerm, Records, Resolvable, Shapes, TapSpec, non_negative

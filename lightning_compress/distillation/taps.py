@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.errors import CompressionError
+from lightning_compress.nested import map_tensors, tensors_in
 from lightning_compress.targets import get_submodule_clean
 from lightning_compress.terms import TapSpec
 
@@ -56,41 +57,6 @@ def _versions(value: Any) -> tuple[int, ...] | None:
     if torch.compiler.is_compiling():
         return None
     return tuple(-1 if tensor.is_inference() else tensor._version for tensor in tensors_in(value))
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors in nested tuples, lists and mappings, in order.
-
-    Example:
-        >>> [t.item() for t in tensors_in({"a": torch.tensor(1), "b": (torch.tensor(2), None)})]
-        [1, 2]
-    """
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from tensors_in(item)
-
-
-def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """Apply a function to the tensors in nested tuples, lists and dicts; anything else is returned as it is.
-
-    Example:
-        >>> map_tensors(torch.neg, (torch.tensor(1), {"a": [torch.tensor(2)]}))
-        (tensor(-1), {'a': [tensor(-2)]})
-    """
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, dict):
-        mapped = {key: map_tensors(function, item) for key, item in value.items()}
-        return mapped if type(value) is dict else type(value)(**mapped)
-    if isinstance(value, (tuple, list)):
-        items = [map_tensors(function, item) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    return value
 
 
 def logits_of(output: Any) -> Tensor:

@@ -8,8 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.distillation.taps import map_tensors, tensors_in
 from lightning_compress.errors import CompressionError
+from lightning_compress.nested import map_tensors, tensors_in
 from lightning_compress.targets import get_submodule_clean, is_metric, named_modules_clean, unwrap
 from lightning_compress.terms import PREFIX
 

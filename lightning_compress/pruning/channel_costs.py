@@ -14,9 +14,9 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_compress.errors import CompressionError
+from lightning_compress.isolation import untouched
 from lightning_compress.pruning.budgets import CostModel
 from lightning_compress.pruning.graph import Call, Family, invoke
-from lightning_compress.pruning.untouched import untouched
 from lightning_compress.targets import get_submodule_clean, named_modules_clean, named_parameters_clean
 
 

@@ -10,19 +10,19 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_compress.errors import CompressionError
+from lightning_compress.isolation import untouched
+from lightning_compress.nested import map_tensors
 from lightning_compress.pruning.graph_members import Side, is_producer, owns_plain_weight, sides_of, unfit_reason
 from lightning_compress.pruning.graph_trace import Axis, Link, Stopped, TensorGraph, Visit, axis_width, links, record
-from lightning_compress.pruning.untouched import set_modes, untouched
+from lightning_compress.pruning.modes import set_modes
 from lightning_compress.surgery import tensors_by_name
 from lightning_compress.targets import get_submodule_clean, named_modules_clean, named_parameters_clean
 
@@ -52,8 +52,8 @@ def invoke(call: Call, root: nn.Module) -> Any:
         call: The call; its tensors are cloned, since the module may write to them.
         root: The root module.
     """
-    clone = partial(torch.utils._pytree.tree_map_only, Tensor, lambda t: t.detach().clone())
-    return get_submodule_clean(root, call.module)(*clone(tuple(call.args)), **clone(dict(call.kwargs)))
+    args, kwargs = map_tensors(lambda t: t.detach().clone(), (tuple(call.args), dict(call.kwargs)))
+    return get_submodule_clean(root, call.module)(*args, **kwargs)
 
 
 @dataclass(frozen=True)

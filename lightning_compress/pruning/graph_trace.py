@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
+from lightning_compress.nested import tensor_leaves
 from lightning_compress.pruning.graph_ops import Follow, output_shape, relation, sources
-from lightning_compress.pruning.untouched import tensor_leaves
 
 Key = tuple[Any, int]  # a tensor: the autograd node that made it, and which of its outputs it is
 Axis = tuple[Key, int]  # a dimension of a tensor

@@ -20,9 +20,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from lightning_compress.isolation import untouched
+from lightning_compress.nested import tensor_leaves
 from lightning_compress.pruning.graph import Call, Family, invoke
 from lightning_compress.pruning.graph_members import Side, attributes_of, sides_of
-from lightning_compress.pruning.untouched import seed, set_modes, tensor_leaves, untouched
+from lightning_compress.pruning.modes import seed, set_modes
 from lightning_compress.targets import clean_name, named_modules_clean
 
 Removed = Mapping[Side, np.ndarray]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+import fits
 import pytest
 import torch
 from equality_cases import CASES, Case, one_process
@@ -22,6 +23,7 @@ pytestmark = pytest.mark.distributed
 @cache
 def launch(group: str) -> dict[str, list[Any]]:
     names = [f"equality_cases:{case.name}" for case in CASES if case.group == group]
+    names += ["equality_cases:logged"] if group == "ddp" else []
     return run_ranks(names, timeout=280, nodes=group == "nodes")
 
 
@@ -44,6 +46,7 @@ def test_the_ranks_are_identical(case: Case) -> None:
     assert manifest.equal(first["masks"], second["masks"])
     assert manifest.equal(first["edits"], second["edits"])
     assert manifest.equal(first["weights"], second["weights"])
+    assert first["digests"] == second["digests"]  # after each event and in each step, bf16 too
 
 
 @pytest.mark.parametrize("case", [c for c in EQUAL if c.name != "bf16"], ids=lambda case: case.name)
@@ -77,6 +80,14 @@ def test_sharded_strategies_refuse_structure_in_mid_fit(name: str) -> None:
     for result in ranks(case_of(name)):
         assert "Three ways out" in result["error"]
         assert "schedule='setup'" in result["error"]
+
+
+def test_the_monitor_logs_once_for_all_ranks() -> None:
+    first, second = launch("ddp")["logged"]
+    total = sum(p.numel() for n, p in fits.TinyNet().named_parameters() if n.endswith("weight"))
+    cubic = [0.8 * (1 - (1 - event / 5) ** 3) for event in range(1, 6)]
+    assert first == pytest.approx(cubic, abs=1 / total)
+    assert second is None
 
 
 def test_clip_by_norm_under_fsdp1_shows_the_error_of_lightning() -> None:

@@ -11,10 +11,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_compress.errors import CompressionError
+from lightning_compress.isolation import untouched
 from lightning_compress.probe import ExampleCall
 from lightning_compress.pruning.channel_scores import group_magnitude
 from lightning_compress.pruning.graph import trace
-from lightning_compress.pruning.untouched import untouched
 from lightning_compress.targets import named_modules_clean
 
 torch.set_num_threads(1)

@@ -16,11 +16,11 @@ from torchmetrics import MeanMetric
 
 from lightning_compress.errors import CompressionError
 from lightning_compress.isolation import as_found, isolated_rng
+from lightning_compress.nested import map_tensors
 from lightning_compress.probe import (
     ExampleCall,
     calibration_batches,
     from_example_inputs,
-    map_tensors,
     record_call,
 )
 
@@ -306,7 +306,7 @@ class Batch:
 def test_map_tensors_and_to():
     x = torch.ones(2)
     value = {"pair": Pair(x, 1), "batch": Batch(x, "n"), "list": [x, (x, None)]}
-    doubled = map_tensors(value, lambda t: t * 2)
+    doubled = map_tensors(lambda t: t * 2, value)
     assert torch.equal(doubled["pair"].a, x * 2)
     assert doubled["pair"].b == 1
     assert torch.equal(doubled["batch"].x, x * 2)
