@@ -1,8 +1,9 @@
-"""Layers whose weight passes through an ordered list of transforms on its way into the forward pass.
+"""Layers whose parameters and inputs pass through transforms on their way into the forward pass.
 
 The only classes that are swapped in place: ``module.__class__`` becomes the subclass below with the same parameters
-and the same names, and goes back when the list is empty. The stored weight stays what it is; a transform (mask, later
-fake quantization) only changes what the layer computes with.
+and the same names, and goes back when the last transform is gone. The stored weight stays what it is; a transform
+(mask, fake quantization) only changes what the layer computes with. Attention and recurrent layers have files of their
+own.
 """
 
 from __future__ import annotations
@@ -14,17 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_compress.errors import CompressionError
+from lightning_compress.transforms import ORDER, TRANSFORMS, Transform, transformed
+from lightning_compress.transforms import bypassed as bypassed
+from lightning_compress.transforms import slots_of as slots_of
+from lightning_compress.transforms import transformed_weight as transformed_weight
 
-WeightTransform = Callable[[Tensor], Tensor]
-_TRANSFORMS = "_lc_transforms"
-
-
-def transformed_weight(module: nn.Module) -> Tensor:
-    """The weight after all transforms, in order."""
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    for transform in module.__dict__.get(_TRANSFORMS, {}).values():
-        weight = transform(weight)
-    return weight
+_NO_FAST_PATH = "_lc_no_fast_path"
 
 
 class TransformedLinear(nn.Linear):
@@ -32,7 +28,7 @@ class TransformedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """See `torch.nn.Linear`."""
-        return F.linear(input, transformed_weight(self), self.bias)
+        return F.linear(transformed(self, "input", input), transformed_weight(self), self.bias)
 
 
 class TransformedConv1d(nn.Conv1d):
@@ -40,6 +36,7 @@ class TransformedConv1d(nn.Conv1d):
 
     def forward(self, input: Tensor) -> Tensor:
         """See `torch.nn.Conv1d`."""
+        input = transformed(self, "input", input)
         output: Tensor = self._conv_forward(input, transformed_weight(self), self.bias)
         return output
 
@@ -49,6 +46,7 @@ class TransformedConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """See `torch.nn.Conv2d`."""
+        input = transformed(self, "input", input)
         output: Tensor = self._conv_forward(input, transformed_weight(self), self.bias)
         return output
 
@@ -58,12 +56,14 @@ class TransformedConv3d(nn.Conv3d):
 
     def forward(self, input: Tensor) -> Tensor:
         """See `torch.nn.Conv3d`."""
+        input = transformed(self, "input", input)
         output: Tensor = self._conv_forward(input, transformed_weight(self), self.bias)
         return output
 
 
 def _transposed(module: Any, function: Callable[..., Tensor], input: Tensor, output_size: list[int] | None) -> Tensor:
     dims = len(module.kernel_size)
+    input = transformed(module, "input", input)
     padding = module._output_padding(
         input, output_size, module.stride, module.padding, module.kernel_size, dims, module.dilation
     )
@@ -122,17 +122,25 @@ _PLAIN = {new: old for old, new in _TRANSFORMED.items()}
 
 
 def can_transform(module: nn.Module) -> bool:
-    """Whether a layer's weight can pass through transforms, or already does (sharding may have changed its class)."""
-    return type(module) in _TRANSFORMED or _TRANSFORMS in module.__dict__
+    """Whether a layer can compute with transforms, or already does (sharding may have changed its class)."""
+    return type(module) in _TRANSFORMED or TRANSFORMS in module.__dict__
 
 
-def add_transform(module: nn.Module, name: str, transform: WeightTransform) -> None:
-    """Append a transform of the layer's weight; the layer becomes the transformed class of its type.
+def plain_type(module: nn.Module) -> type[nn.Module]:
+    """The class that the layer has without transforms."""
+    return next((_PLAIN[cls] for cls in type(module).__mro__ if cls in _PLAIN), type(module))
+
+
+def add_transform(module: nn.Module, name: str, transform: Transform, slot: str = "weight") -> None:
+    """Put a transform on a layer, which becomes the transformed class of its type.
+
+    A transform that is a module becomes a child of the layer, so that it moves, saves and trains with it.
 
     Args:
         module: A layer of exactly one of the supported types.
-        name: Key of the transform; one that is there already is replaced at its place.
-        transform: Maps the weight to one of the same shape; must be picklable (a module-level callable).
+        name: Key of the transform in its slot; one that is there already is replaced.
+        transform: Maps a tensor to one of the same shape; must be picklable (a module, or a module-level callable).
+        slot: The name of the parameter that it transforms, or ``"input"``.
 
     Raises:
         CompressionError: If the layer is of another type: its forward may use the weight in ways unknown here.
@@ -153,20 +161,39 @@ def add_transform(module: nn.Module, name: str, transform: WeightTransform) -> N
             f"{supported}); exclude it, or use mode='hard'. A layer that is already sharded needs "
             "`lightning_compress.materialize(model)` right before `fully_shard`"
         )
-    module.__dict__.setdefault(_TRANSFORMS, {})[name] = transform
+    slots = module.__dict__.setdefault(TRANSFORMS, {})
+    found = {**slots.get(slot, {}), name: transform}
+    ranks = {known: rank for rank, known in enumerate(ORDER)}
+    slots[slot] = dict(sorted(found.items(), key=lambda item: ranks.get(item[0], -1)))
+    if isinstance(transform, nn.Module):
+        module._modules[child_name(name, slot)] = transform
     module.__class__ = _TRANSFORMED.get(type(module), type(module))
+    if _NO_FAST_PATH not in module.__dict__:  # torch's encoder layers read the weights of hookless layers directly
+        module.__dict__[_NO_FAST_PATH] = module.register_forward_hook(_hear_nothing)
 
 
-def get_transform(module: nn.Module, name: str) -> WeightTransform | None:
-    """The transform of that name, or ``None``."""
-    found: WeightTransform | None = module.__dict__.get(_TRANSFORMS, {}).get(name)
-    return found
+def child_name(name: str, slot: str) -> str:
+    """Under which name a layer has a transform that is a module."""
+    return f"_lc_{name}_{slot}"
 
 
-def remove_transform(module: nn.Module, name: str) -> None:
+def _hear_nothing(module: nn.Module, args: Any, output: Any) -> None:
+    """A hook that only exists."""
+
+
+def get_transform(module: nn.Module, name: str, slot: str = "weight") -> Transform | None:
+    """The transform of that name in the slot, or ``None``."""
+    return slots_of(module).get(slot, {}).get(name)
+
+
+def remove_transform(module: nn.Module, name: str, slot: str = "weight") -> None:
     """Remove a transform; with the last one the layer gets its own class back. Absent names are fine."""
-    transforms = module.__dict__.get(_TRANSFORMS, {})
-    transforms.pop(name, None)
-    if not transforms:
-        module.__dict__.pop(_TRANSFORMS, None)
+    slots = slots_of(module)
+    slots.get(slot, {}).pop(name, None)
+    module._modules.pop(child_name(name, slot), None)
+    if not any(slots.values()):
+        module.__dict__.pop(TRANSFORMS, None)
         module.__class__ = _PLAIN.get(type(module), type(module))
+        handle = module.__dict__.pop(_NO_FAST_PATH, None)
+        if handle is not None:
+            handle.remove()

@@ -1,0 +1,1 @@
+"""Quantization: fake quantizers that train, calibration after training, bit allocation, and real integer models."""
