@@ -254,14 +254,20 @@ class Coordinator(Clock):
 
     def on_fit_start(self) -> None:
         """Train helper modules also with an optimizer that was built from the user's own parameters only."""
-        trained = {id(p) for optimizer in self.trainer.optimizers for g in optimizer.param_groups for p in g["params"]}
-        for name, module in self._helpers():
-            for own, parameter in module.named_parameters():
-                if id(parameter) not in trained:  # in place: a new group would confuse schedulers (pytorch#104361)
-                    group = self.trainer.optimizers[0].param_groups[0]
-                    group["params"].append(parameter)
-                    if "param_names" in group:
-                        group["param_names"].append(f"{name}.{own}")
+        groups = [group for optimizer in self.trainer.optimizers for group in optimizer.param_groups]
+        group_of = {id(parameter): group for group in groups for parameter in group["params"]}
+        for name, parameter in self.pl_module.named_parameters():
+            path = name.split(".")
+            ours = next((i for i, part in enumerate(path) if part.startswith(manifest.AUXILIARY)), None)
+            if ours is None or id(parameter) in group_of or not groups:
+                continue
+            # In place, since a new group would confuse schedulers (pytorch#104361); with the layer that it belongs to.
+            layer = self.pl_module.get_submodule(".".join(path[:ours]))
+            own = (group_of[id(p)] for p in layer.parameters() if id(p) in group_of)
+            group = groups[0] if ours == 0 else next(own, groups[0])
+            group["params"].append(parameter)
+            if "param_names" in group:
+                group["param_names"].append(name)
 
     def on_train_start(self) -> None:
         """Everything is restored under every strategy: install the masks, resolve the schedules."""

@@ -184,7 +184,7 @@ class Distillation(CompressionCallback):
             recorded = checkpoint.get(manifest.KEY)
             manifest.replay(module, recorded)
             try:
-                module.load_state_dict(manifest.without_auxiliary(checkpoint["state_dict"]), strict=True)
+                module.load_state_dict(manifest.without_auxiliary(checkpoint["state_dict"], module), strict=True)
             except RuntimeError as error:
                 raise CompressionError(
                     f"{self.name}: the teacher {str(self.teacher)!r} does not fit {type(module).__name__} as it was "
@@ -263,7 +263,7 @@ class Distillation(CompressionCallback):
         assert self._root is not None
         state = self._restored
         if state is None and self._fingerprint is None:
-            state = manifest.without_auxiliary(run.pl_module.state_dict())
+            state = manifest.without_auxiliary(run.pl_module.state_dict(), self._root)
         if state is None:
             return  # this Trainer goes on with the teacher that it had
         own = self._root.state_dict()

@@ -59,9 +59,9 @@ def load(model: ModuleT, path: PathLike, prefix: str = "", weights_only: bool = 
         raise ValueError(f"a prefix ends with a dot, so give prefix={prefix + '.'!r}; found {prefix!r}")
     everything, manifest = _read(path, weights_only)
     manifest = manifests.without_prefix(manifest, prefix)
-    state = manifests.part_of_state(everything, prefix)
 
     def fill() -> None:
+        state = manifests.part_of_state(everything, prefix, model)
         migrates = _migrates(model)
         if not migrates:
             _check_fits(model, state)
@@ -203,7 +203,7 @@ def _replaying(cls: type[Any]) -> Iterator[None]:
 
     def on_load_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:
         manifests.replay(self, checkpoint.get(manifests.KEY))
-        checkpoint["state_dict"] = manifests.without_auxiliary(checkpoint["state_dict"])
+        checkpoint["state_dict"] = manifests.without_auxiliary(checkpoint["state_dict"], self)
         inner(self, checkpoint)
 
     cls.on_load_checkpoint = on_load_checkpoint
@@ -230,9 +230,9 @@ def _one_file(path: PathLike, found: Mapping[str, Any]) -> Iterator[PathLike]:
 def strip(path: PathLike, to: PathLike | None = None) -> Path:
     """Write a copy of a checkpoint without what only training needs.
 
-    Left out are our own modules (``_lc_*``: projectors, learned scores), optimizers, schedulers and the state of
-    callbacks. What is left is what a checkpoint saved with ``weights_only=True`` holds. Without structural edits it
-    loads strictly into the user's own class; such a fit cannot be resumed from it.
+    Left out are our own modules (``_lc_*``: projectors, learned scores, quantizers with their ranges), optimizers,
+    schedulers and the state of callbacks. Without structural edits what is left loads strictly into the user's own
+    class, with the weights as they are before quantization; such a fit cannot be resumed from it.
 
     Args:
         path: The checkpoint, or the folder of a sharded one, which becomes one file.
@@ -259,6 +259,8 @@ def strip(path: PathLike, to: PathLike | None = None) -> Path:
     target = Path(to) if to is not None else source.with_suffix(".stripped" + source.suffix)
     checkpoint = {k: v for k, v in read_whole(source).items() if k not in _OF_TRAINING}
     checkpoint["state_dict"] = manifests.without_auxiliary(checkpoint["state_dict"])
+    if manifests.KEY in checkpoint:
+        checkpoint[manifests.KEY] = manifests.without_auxiliary_edits(checkpoint[manifests.KEY])
     partial = target.with_name(target.name + ".partial")
     try:
         buffer = io.BytesIO()  # PyTorch's own file writer ends the whole process when the disk is full

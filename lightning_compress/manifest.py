@@ -24,7 +24,8 @@ from lightning_compress.reading import read_checkpoint as read_checkpoint
 
 KEY = "lightning_compress"
 VERSION = 1
-AUXILIARY = "_lc_"  # prefix of modules that exist only during training (projectors, learned scores)
+AUXILIARY = "_lc_"  # prefix of our own modules inside the user's (projectors, learned scores, quantizers)
+AUXILIARY_EDITS = ("quantization.",)  # kinds of edits that only put such modules on
 _LOG = "_lc_edits"
 _FOREIGN = "the file is damaged, or another program wrote under the key 'lightning_compress'"
 
@@ -51,6 +52,14 @@ def edits_of(root: nn.Module) -> list[surgery.Edit]:
 def record(root: nn.Module, edits: Sequence[surgery.Edit], journal: surgery.Journal) -> None:
     """Append edits that have just been applied."""
     journal.set_item(root.__dict__, _LOG, [*edits_of(root), *edits])
+
+
+def forget(root: nn.Module, kinds: Sequence[str]) -> None:
+    """Drop the record of edits of these kinds, because they were undone exactly."""
+    kept = [edit for edit in edits_of(root) if edit.get("kind") not in kinds]
+    root.__dict__.pop(_LOG, None)
+    if kept:
+        root.__dict__[_LOG] = kept
 
 
 def replay(
@@ -219,17 +228,24 @@ def _is_auxiliary(key: str) -> bool:
     return any(part.startswith(AUXILIARY) for part in key.split("."))
 
 
-def without_auxiliary(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A state dict without the modules that exist only during training."""
-    return part_of_state(state, "")
+def without_auxiliary(state: Mapping[str, Any], root: nn.Module | None = None) -> dict[str, Any]:
+    """A state dict without our own modules; with a model, without those that the model does not have."""
+    return part_of_state(state, "", root)
 
 
-def part_of_state(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """The part of a state dict below a prefix, without the modules that exist only during training.
+def without_auxiliary_edits(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """A manifest that puts none of our own modules on the model: what a state dict without them is loaded with."""
+    edits = [e for e in manifest.get("edits", []) if not str(e.get("kind")).startswith(AUXILIARY_EDITS)]
+    return {**manifest, "edits": edits}
+
+
+def part_of_state(state: Mapping[str, Any], prefix: str, root: nn.Module | None = None) -> dict[str, Any]:
+    """The part of a state dict below a prefix, without our own modules that the model does not have.
 
     The versions of its modules come along: modules that migrate older states look at them.
     """
-    part = OrderedDict((k, v) for k, v in _below(state, prefix).items() if not _is_auxiliary(k))
+    own = set() if root is None else {key for key in root.state_dict() if _is_auxiliary(key)}
+    part = OrderedDict((k, v) for k, v in _below(state, prefix).items() if k in own or not _is_auxiliary(k))
     versions = getattr(state, "_metadata", None)
     if versions is not None:
         whole = {f"{name}." if name else "": value for name, value in versions.items()}

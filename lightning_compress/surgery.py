@@ -23,6 +23,7 @@ from lightning_compress.errors import CompressionError
 from lightning_compress.optimizer_state import carry_state as carry_state
 from lightning_compress.optimizer_state import refuse_optimizer as refuse_optimizer
 from lightning_compress.targets import clean_name
+from lightning_compress.transforms import slots_of
 
 Edit = Mapping[str, Any]
 StateMap = Callable[[Tensor], Tensor]
@@ -31,6 +32,7 @@ ApplyEdit = Callable[[nn.Module, Edit, "Journal"], "list[Swap]"]
 # Reading a manifest in a fresh process must find the code behind an edit: the prefix of its kind names the technique.
 _TECHNIQUES = {
     "channels": "lightning_compress.pruning.channels",
+    "quantization": "lightning_compress.quantization.attachment",
 }
 _KINDS: dict[str, ApplyEdit] = {}
 
@@ -246,6 +248,7 @@ def slice_tensors(
     named = tensors_by_name(root)
     modules = {clean_name(name): module for name, module in root.named_modules(remove_duplicate=False)}
     planned = _plan_slices(named, slices)
+    planned += _plan_slices(named, _slices_of_transforms(root, planned))
     missing = [name for name in attributes if name not in modules]
     if missing:
         raise CompressionError(
@@ -261,6 +264,36 @@ def slice_tensors(
         for attribute, value in values.items():
             journal.set_attribute(modules[name], attribute, value)
     return swaps
+
+
+class FollowingTransform(Protocol):
+    """A transform with tensors of its own that have to be cut when the tensor that it transforms is cut."""
+
+    def following(self, keep: Mapping[int, Tensor]) -> Mapping[str, Mapping[int, Tensor]]:
+        """What to keep of its own tensors, by their name in the transform.
+
+        Args:
+            keep: Kept indices of the transformed tensor by dimension.
+
+        Raises:
+            CompressionError: If it cannot follow; the edit is then refused.
+        """
+
+
+def _slices_of_transforms(
+    root: nn.Module, planned: Sequence[tuple[str, Tensor, dict[int, Tensor]]]
+) -> dict[str, dict[str, Tensor]]:
+    """The slices that transforms of sliced parameters ask for, by full name."""
+    found: dict[str, dict[str, Tensor]] = {}
+    names = {id(m): n for n, m in root.named_modules()}
+    for _, tensor, keep in planned:
+        for owner, attribute, _ in owners_of(root, tensor):
+            for transform in slots_of(owner).get(attribute, {}).values():
+                if isinstance(transform, nn.Module) and hasattr(transform, "following"):
+                    prefix = names[id(transform)]
+                    for own, dims in transform.following(keep).items():
+                        found[clean_name(f"{prefix}.{own}")] = {str(d): index for d, index in dims.items()}
+    return found
 
 
 def _plan_slices(

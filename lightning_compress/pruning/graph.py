@@ -25,6 +25,7 @@ from lightning_compress.pruning.graph_trace import Axis, Link, Stopped, TensorGr
 from lightning_compress.pruning.modes import set_modes
 from lightning_compress.surgery import tensors_by_name
 from lightning_compress.targets import get_submodule_clean, named_modules_clean, named_parameters_clean
+from lightning_compress.transforms import bypassed
 
 COMPUTED = "computed (parametrization or hook)"
 
@@ -53,7 +54,8 @@ def invoke(call: Call, root: nn.Module) -> Any:
         root: The root module.
     """
     args, kwargs = map_tensors(lambda t: t.detach().clone(), (tuple(call.args), dict(call.kwargs)))
-    return get_submodule_clean(root, call.module)(*args, **kwargs)
+    with bypassed(root):  # masks and quantizers change numbers, not which channels belong together
+        return get_submodule_clean(root, call.module)(*args, **kwargs)
 
 
 @dataclass(frozen=True)
