@@ -136,7 +136,8 @@ def allocate(
     """
     _check_budgets(costs, budgets, time_limit, gap)
     members, names, items = _items(scores, costs, groups, fixed or {})
-    limits = np.array([float(budgets.get(unit, math.inf)) for unit in costs])
+    # Sums of seconds depend on their order in the last digit; what is counted in whole numbers is not touched.
+    limits = np.array([float(budgets.get(unit, math.inf)) for unit in costs]) * (1 + 1e-14)
 
     def work() -> tuple[list[int], float]:
         try:

@@ -81,16 +81,17 @@ def solve(items: Sequence[Item], limits: np.ndarray, time_limit: float = 10.0, g
     offsets = np.cumsum([0, *map(len, kept)])
     scores = np.concatenate([item.scores[k] - item.scores[k].min() for item, k in zip(items, kept, strict=True)])
     costs = np.concatenate([item.costs[k] for item, k in zip(items, kept, strict=True)])
-    tightened = limits.copy()
-    for _ in range(_ATTEMPTS):
-        x, found_gap = _milp(scores, costs, offsets, tightened, time_limit, gap)
-        inner = [int(x[a:b].argmax()) for a, b in pairwise(offsets)]
+    tightened, refused = limits.copy(), list[np.ndarray]()
+    for attempt in range(_ATTEMPTS):
+        x, found_gap = _milp(scores, costs, offsets, tightened, refused, time_limit, gap)
+        inner = np.array([int(x[a:b].argmax()) for a, b in pairwise(offsets)])
         picks = [int(k[i]) for k, i in zip(kept, inner, strict=True)]
         excess = _totals(items, picks) - limits
         if (excess <= 0).all():
             return Solution(_canonical(items, _polished(items, picks, limits)), found_gap)
-        # The solver works to 1e-6; a limit in bytes is meant exactly.
-        tightened = tightened - np.maximum(excess, 0) * (1 + 1e-9)
+        refused.append(offsets[:-1] + inner)  # the solver keeps limits to 1e-6, but they are meant exactly
+        if attempt >= _ATTEMPTS // 2:
+            tightened = tightened - (excess > 0) * np.maximum(excess, 2e-6 * np.abs(limits))
     raise UnsolvedError("the limits could not be kept to within the solver's tolerance")
 
 
@@ -129,7 +130,13 @@ def _worth_taking(item: Item) -> np.ndarray:
 
 
 def _milp(
-    scores: np.ndarray, costs: np.ndarray, offsets: np.ndarray, limits: np.ndarray, time_limit: float, gap: float
+    scores: np.ndarray,
+    costs: np.ndarray,
+    offsets: np.ndarray,
+    limits: np.ndarray,
+    refused: Sequence[np.ndarray],
+    time_limit: float,
+    gap: float,
 ) -> tuple[np.ndarray, float]:
     sizes = np.diff(offsets)
     rows = np.repeat(np.arange(len(sizes)), sizes)
@@ -139,6 +146,10 @@ def _milp(
         units = np.maximum(np.abs(limits), np.abs(costs).max(0))
         units[units == 0] = 1
         constraints.append(LinearConstraint((costs / units).T, -np.inf, limits / units))
+    for combination in refused:
+        together = np.zeros(len(rows))
+        together[combination] = 1
+        constraints.append(LinearConstraint(together, -np.inf, len(sizes) - 1))
     problem: dict[str, Any] = {"constraints": constraints, "bounds": Bounds(0, 1)}
     top = float(scores.max())
     if top == 0:
