@@ -63,7 +63,7 @@ def instances(draw: st.DrawFn) -> tuple[list[Item], np.ndarray]:
     return items, reference * draw(st.sampled_from([0.5, 1.0, 1.3]))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(instances())
 def test_solution_equals_brute_force(instance: tuple[list[Item], np.ndarray]) -> None:
     items, limits = instance
