@@ -47,6 +47,9 @@ CAPABILITIES: dict[str, dict[Kind, Verdict]] = {
     "structure, at the start or from a checkpoint": {
         "single": _YES, "ddp": _YES, "fsdp2": _YES, "fsdp1": _YES, "deepspeed": Verdict("ZeRO 1-2, not run"),
     },
+    "quantization-aware training": {
+        "single": _YES, "ddp": _YES, "fsdp2": _YES, "fsdp1": _LATER, "deepspeed": _LATER,
+    },
     "distillation": {"single": _YES, "ddp": _YES, "fsdp2": _YES, "fsdp1": _YES, "deepspeed": _LATER},
     "distillation from teacher='initial'": {
         "single": _YES, "ddp": _YES, "fsdp2": _INITIAL, "fsdp1": _INITIAL, "deepspeed": _LATER,

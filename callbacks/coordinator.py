@@ -239,13 +239,13 @@ class Coordinator(Clock):
     # ---------------------------------------------------------------------------------------------------------- steps
     @property
     def edits(self) -> int:
-        """How many edits were made to the model so far."""
-        return len(manifest.edits_of(self.pl_module))
+        """How many edits changed the model's structure so far."""
+        return len(manifest.structural_edits_of(self.pl_module))
 
     @property
     def is_changed(self) -> bool:
-        """Whether any weights or channels are gone."""
-        return bool(self.edits) or bool(len(self.masking))
+        """Whether the model computes with fewer weights, channels or bits than it did."""
+        return any(manifest.changes_outputs(e) for e in manifest.edits_of(self.pl_module)) or bool(len(self.masking))
 
     def _helpers(self) -> list[tuple[str, nn.Module]]:
         """Our own modules inside the user's, which exist only during training."""
@@ -355,7 +355,7 @@ class Coordinator(Clock):
 
     @property
     def _changes(self) -> tuple[int, int]:
-        return self.edits, self.masking.commits
+        return len(manifest.edits_of(self.pl_module)), self.masking.commits
 
     def _after_optimizer_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._stepped = True

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor
 
 from lightning_compress.errors import CompressionError
+from lightning_compress.isolation import as_found, isolated_rng
 from lightning_compress.nested import map_tensors
 from lightning_compress.probe import ExampleCall, from_example_inputs, record_call
 
@@ -46,10 +47,18 @@ def example_call(run: Coordinator, example_inputs: Any, targets: Sequence[str], 
             f"{owner}: an example call of the model is needed and {why}; pass example_inputs= (arguments of the "
             "module's forward, for a small batch) or define `example_input_array`"
         )
-    return smaller(record_call(module, lambda: _step(run), targets, _muted(module)).call)
+    return smaller(record_call(module, lambda: run_step(run), targets, _muted(module)).call)
 
 
-def _step(run: Coordinator) -> Any:
+@contextmanager
+def rehearsal(run: Coordinator) -> Iterator[None]:
+    """Run steps in evaluation mode, without gradients, logging or any other trace on the module."""
+    with _muted(run.pl_module), isolated_rng(), as_found(run.pl_module):
+        yield
+
+
+def run_step(run: Coordinator) -> Any:
+    """The user's own training step on the current batch."""
     step = run.pl_module.training_step
     step = getattr(step, "inner", step)  # the user's own step: no teacher is needed for an example
     arguments = [run.batch, 0] if is_param_in_hook_signature(step, "batch_idx", min_args=2) else [run.batch]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_compress import layers
 from lightning_compress.callbacks import interplay
 from lightning_compress.callbacks.signals import deferred_signals
+from lightning_compress.errors import CompressionError
 from lightning_compress.pruning.masks import TRANSFORM, MaskStore, SoftMask
 from lightning_compress.pruning.packing import pack, unpack
 from lightning_compress.targets import clean_name
@@ -50,6 +51,11 @@ class Masking:
             modules: Layers by the clean name of their weight.
         """
         for name, module in modules.items():
+            if isinstance(module, layers.NonDynamicallyQuantizableLinear):
+                raise CompressionError(
+                    f"{name!r} is read by its attention layer, not called, so a soft mask of it would not be seen; "
+                    "exclude it, or use mode='hard'"
+                )
             layers.add_transform(module, TRANSFORM, SoftMask())
             self.store.soft[name] = module
 

@@ -232,6 +232,22 @@ class StrategyAdapter:
 
         return Ranks(dist.get_rank(), dist.get_world_size(), reduce)
 
+    def gather_rows(self, vector: Tensor) -> Tensor:
+        """One vector of every process as the rows of a matrix; a collective.
+
+        Args:
+            vector: Of the same length and type on every rank, shape (n,).
+
+        Returns:
+            Shape (world size, n).
+        """
+        if self.world_size == 1:
+            return vector[None]
+        mine = vector.to(self.device)
+        rows = torch.empty(self.world_size, mine.numel(), dtype=mine.dtype, device=mine.device)
+        dist.all_gather_into_tensor(rows, mine)
+        return rows.to(vector.device)
+
     def check_sharding(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Refuse parameters whose parts this adapter could not count once.
 
@@ -270,6 +286,21 @@ class StrategyAdapter:
                 yield {clean_name(name): p.detach() for name, p in root.named_parameters()}
         else:
             yield _Gathering({clean_name(name): p.detach() for name, p in root.named_parameters()})
+
+    def write(self, target: Tensor, value: Tensor) -> None:
+        """Write a whole value into a parameter or buffer, of which this process may hold a part only.
+
+        Args:
+            target: The parameter or buffer.
+            value: The whole value, the same on every rank.
+        """
+        mesh: Any = getattr(target, "device_mesh", None)
+        if mesh is not None:
+            from torch.distributed.tensor import distribute_tensor
+
+            placements = target.placements  # type: ignore[attr-defined]
+            value = distribute_tensor(value.to(device=self.device, dtype=target.dtype), mesh, placements)
+        target.copy_(value)
 
     def shard(self, root: nn.Module, full: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """This process's part of whole boolean masks, by parameter name."""

@@ -13,8 +13,11 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear as NonDynamicallyQuantizableLinear
 
+from lightning_compress.attention import TransformedMultiheadAttention, TransformedOutProjection
 from lightning_compress.errors import CompressionError
+from lightning_compress.recurrent import TransformedGRU, TransformedLSTM, TransformedRNN
 from lightning_compress.transforms import ORDER, TRANSFORMS, Transform, transformed
 from lightning_compress.transforms import bypassed as bypassed
 from lightning_compress.transforms import slots_of as slots_of
@@ -117,6 +120,11 @@ _TRANSFORMED: dict[type[nn.Module], type[nn.Module]] = {
     nn.ConvTranspose2d: TransformedConvTranspose2d,
     nn.ConvTranspose3d: TransformedConvTranspose3d,
     nn.Embedding: TransformedEmbedding,
+    nn.MultiheadAttention: TransformedMultiheadAttention,
+    NonDynamicallyQuantizableLinear: TransformedOutProjection,
+    nn.LSTM: TransformedLSTM,
+    nn.GRU: TransformedGRU,
+    nn.RNN: TransformedRNN,
 }
 _PLAIN = {new: old for old, new in _TRANSFORMED.items()}
 

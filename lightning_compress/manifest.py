@@ -25,6 +25,7 @@ from lightning_compress.reading import read_checkpoint as read_checkpoint
 KEY = "lightning_compress"
 VERSION = 1
 AUXILIARY = "_lc_"  # prefix of our own modules inside the user's (projectors, learned scores, quantizers)
+_PREPARATIONS = ("quantization.attach",)
 AUXILIARY_EDITS = ("quantization.",)  # kinds of edits that only put such modules on
 _LOG = "_lc_edits"
 _FOREIGN = "the file is damaged, or another program wrote under the key 'lightning_compress'"
@@ -47,6 +48,16 @@ def of(root: nn.Module) -> dict[str, Any]:
 def edits_of(root: nn.Module) -> list[surgery.Edit]:
     """The edits made to a model so far, oldest first."""
     return list(root.__dict__.get(_LOG, ()))
+
+
+def structural_edits_of(root: nn.Module) -> list[surgery.Edit]:
+    """The edits that replaced parameters of the model."""
+    return [edit for edit in edits_of(root) if not str(edit.get("kind")).startswith(AUXILIARY_EDITS)]
+
+
+def changes_outputs(edit: surgery.Edit) -> bool:
+    """Whether a model computes something else after an edit."""
+    return edit.get("kind") not in _PREPARATIONS
 
 
 def record(root: nn.Module, edits: Sequence[surgery.Edit], journal: surgery.Journal) -> None:
