@@ -43,6 +43,11 @@ def _itself(function: Any) -> Any:
     return function
 
 
+def _first(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """What a step was given: the batch, whatever its parameter is called."""
+    return next(iter((*args, *kwargs.values())), None)
+
+
 class _Wrapped:
     """A method that stands in for another on one instance.
 
@@ -226,8 +231,9 @@ class StepPipeline:
         return active
 
     @contextmanager
-    def _recording(self, active: list[_Active]) -> Iterator[None]:
+    def _recording(self, active: list[_Active], batch: Any) -> Iterator[None]:
         for part in active:
+            part.source.see(batch)
             part.source.start(part.terms)
         try:
             yield
@@ -235,12 +241,17 @@ class StepPipeline:
             for part in active:
                 part.source.stop()
 
+    def _forget(self, active: list[_Active]) -> None:
+        for part in active:
+            part.source.clear()
+            part.source.see(None)
+
     def _training_step(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         step = self.step_of()
         active = self._active(step)
         self.last = {}
         try:
-            with self._recording(active):
+            with self._recording(active, _first(args, kwargs)):
                 output = inner(*args, **kwargs)
             task = output.get("loss") if isinstance(output, Mapping) else output
             # None skips the step; anything else that is no tensor is Lightning's to complain about.
@@ -251,8 +262,7 @@ class StepPipeline:
             total = self._scaled(task, step) + self._added(active, step)
             return {**output, "loss": total} if isinstance(output, Mapping) else total
         finally:
-            for part in active:
-                part.source.clear()
+            self._forget(active)
 
     def _manual_training_step(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         step = self.step_of()
@@ -260,12 +270,11 @@ class StepPipeline:
         self.last = {}
         self._live = step, active
         try:
-            with self._recording(active):
+            with self._recording(active, _first(args, kwargs)):
                 output = inner(*args, **kwargs)
         finally:
             self._live = None
-            for part in active:
-                part.source.clear()
+            self._forget(active)
         self._manual_steps += bool(active)
         if self._manual_steps >= MANUAL_PATIENCE:
             for part in active:

@@ -33,11 +33,12 @@ class TapSpec:
 
     Args:
         module: Clean name below the student (or the teacher); ``""`` is the student (the teacher) itself.
-        what: The module's output, or its first input.
+        what: The module's output, its first input, or all its arguments as ``(args, kwargs)``. ``"batch"`` is what
+            ``training_step`` was given, whatever the module: one value, for terms that need labels.
     """
 
     module: str = ""
-    what: Literal["output", "input"] = "output"
+    what: Literal["output", "input", "arguments", "batch"] = "output"
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,8 @@ class LossTerm(Resolvable):
     """
 
     scheduled: ClassVar[tuple[str, ...]] = ("weight",)
+    teacher_graph: ClassVar[bool] = False
+    """Whether the term differentiates the teacher's outputs by the features that it taps."""
 
     module: nn.Module | None
     """What `build` returned, looked up anew at each step; None if the term owns nothing."""
@@ -212,6 +215,9 @@ class TermSource(Protocol):
 
     def task_weight_at(self, step: int) -> float:
         """Return the factor of the user's own loss."""
+
+    def see(self, batch: Any) -> None:
+        """Take note of what ``training_step`` is given; None when it is over."""
 
     def start(self, terms: Sequence[LossTerm]) -> None:
         """Record from now on what these terms need."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from lightning_compress.distillation.taps import Call, TapSet
 from lightning_compress.distillation.teachers import Teacher
 from lightning_compress.errors import CompressionError
-from lightning_compress.nested import tensors_in
+from lightning_compress.nested import map_tensors, tensors_in
 from lightning_compress.schedule import Scheduled
 from lightning_compress.targets import get_submodule_clean
 from lightning_compress.terms import LossTerm, Records, Resolvable, Shapes, TapSpec, non_negative
@@ -42,13 +43,22 @@ class TeacherRunner:
         self.teacher = teacher
         self.taps = TapSet(teacher.module, names)
 
-    def __call__(self, calls: Sequence[Call], specs: Iterable[TapSpec]) -> dict[TapSpec, list[Any]]:
-        """Ask the teacher once per call; return by tap what was seen, in the order of the calls."""
+    def __call__(
+        self, calls: Sequence[Call], specs: Iterable[TapSpec], graph: Iterable[TapSpec] = ()
+    ) -> dict[TapSpec, list[Any]]:
+        """Ask the teacher once per call; return by tap what was seen, in the order of the calls.
+
+        Args:
+            calls: What the student was asked.
+            specs: What to return.
+            graph: Taps by whose values later ones can be differentiated: the teacher's graph begins there.
+        """
         specs = set(specs)
         inner = {spec for spec in specs if spec != TapSpec()}
+        roots = {spec.module for spec in graph if spec != TapSpec()}
         outputs = []
         try:
-            with self.taps.recording({spec.module for spec in inner}):
+            with self.taps.recording({spec.module for spec in inner}), self._graph_from(roots):
                 outputs = [self._ask(call) for call in calls]
             seen = {spec: self.taps.values(spec) for spec in inner}
         finally:
@@ -60,6 +70,18 @@ class TeacherRunner:
                     "to learn from it. Tap a module that the teacher's `forward` calls."
                 )
         return {**seen, TapSpec(): outputs} if TapSpec() in specs else seen
+
+    @contextmanager
+    def _graph_from(self, names: Collection[str]) -> Iterator[None]:
+        """Everything is frozen, so a graph exists only behind features that are made to require a gradient."""
+        self.teacher.keeps_graph = bool(names)
+        handles = [self.taps.taps[n].module.register_forward_hook(_begin_graph, prepend=True) for n in names]
+        try:
+            yield
+        finally:
+            self.teacher.keeps_graph = False
+            for handle in handles:
+                handle.remove()
 
     def _ask(self, call: Call) -> Any:
         try:
@@ -77,6 +99,10 @@ class TeacherRunner:
     def close(self) -> None:
         """Take the hooks off the teacher."""
         self.taps.remove()
+
+
+def _begin_graph(module: nn.Module, args: Any, output: Any) -> Any:
+    return map_tensors(lambda t: t.requires_grad_() if t.is_floating_point() and t.is_leaf else t, output)
 
 
 class TapSource(Resolvable):
@@ -118,19 +144,24 @@ class TapSource(Resolvable):
                 f"The terms {list(self._specs)} of {name!r} compare with a teacher, and none was given."
             )
         # The student itself is always tapped: its arguments are what the teacher is asked.
-        watched = {spec.module for specs in self._specs.values() for spec in specs.student} | {""}
+        watched = {spec.module for specs in self._specs.values() for spec in _on_modules(specs.student)} | {""}
         self.runner = None if teacher is None else TeacherRunner(teacher, sorted(asked))
         self.taps = TapSet(student, sorted(watched))
+        self.batch: Any = None
 
     def task_weight_at(self, step: int) -> float:
         """Return the factor of the user's own loss at an optimizer step."""
         return self.value_at("task_weight", step)
 
     def _watched(self, terms: Sequence[LossTerm]) -> list[str]:
-        names = {spec.module for term in terms for spec in self._specs[term.name].student}
+        names = {spec.module for term in terms for spec in _on_modules(self._specs[term.name].student)}
         if any(self._specs[term.name].teacher for term in terms):
             names.add("")
         return sorted(names)
+
+    def see(self, batch: Any) -> None:
+        """Take note of what ``training_step`` is given; None when it is over."""
+        self.batch = batch
 
     def start(self, terms: Sequence[LossTerm]) -> None:
         """Record from now on what these terms need, and only that."""
@@ -174,7 +205,7 @@ class TapSource(Resolvable):
         """
         specs = {term.name: self._specs[term.name] for term in terms}
         student = {
-            spec: self.taps.values(spec, teaching_only=True)
+            spec: [self.batch] if spec.what == "batch" else self.taps.values(spec, teaching_only=True)
             for spec in {s for both in specs.values() for s in both.student}
         }
         calls = self.taps.taps[""].calls(teaching_only=True) if any(both.teacher for both in specs.values()) else []
@@ -184,10 +215,16 @@ class TapSource(Resolvable):
             if all(student[s] for s in both.student) and (calls or not both.teacher)
         }
         wanted = {spec for both in ready.values() for spec in both.teacher}
-        teacher = self.runner(calls, wanted) if self.runner is not None and wanted else {}
+        graph = {t for term in terms if term.teacher_graph and term.name in ready for t in ready[term.name].teacher}
+        teacher = self.runner(calls, wanted, graph) if self.runner is not None and wanted else {}
+        plain = map_tensors(torch.Tensor.detach, teacher) if graph else teacher
         return {
-            name: ({s: student[s] for s in both.student}, {t: teacher[t] for t in both.teacher})
-            for name, both in ready.items()
+            term.name: (
+                {s: student[s] for s in ready[term.name].student},
+                {t: (teacher if term.teacher_graph else plain)[t] for t in ready[term.name].teacher},
+            )
+            for term in terms
+            if term.name in ready
         }
 
     @torch.no_grad()
@@ -205,7 +242,7 @@ class TapSource(Resolvable):
             with self.taps.recording():
                 run()
             self.check_fired(self.terms)
-            student = {spec: _shape(self.taps.values(spec)[0]) for both in specs for spec in both.student}
+            student = {spec: _shape(self.taps.values(spec)[0]) for both in specs for spec in _on_modules(both.student)}
             asked = {spec for both in specs for spec in both.teacher}
             calls = self.taps.taps[""].calls()[:1]
             seen = self.runner(calls, asked) if self.runner is not None and asked else {}
@@ -235,6 +272,10 @@ class TapSource(Resolvable):
         self.taps.remove()
         if self.runner is not None:
             self.runner.close()
+
+
+def _on_modules(specs: Iterable[TapSpec]) -> list[TapSpec]:
+    return [spec for spec in specs if spec.what != "batch"]
 
 
 def _shape(value: Any) -> tuple[int, ...]:

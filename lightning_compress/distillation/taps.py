@@ -200,16 +200,18 @@ class Tap:
             self._check(call.entered, (call.args, call.kwargs), "went into")
         return calls
 
-    def read(self, what: Literal["output", "input"], teaching_only: bool = False) -> list[Any]:
-        """Return the outputs, or the first inputs, of the recorded calls.
+    def read(self, what: Literal["output", "input", "arguments", "batch"], teaching_only: bool = False) -> list[Any]:
+        """Return the outputs, the first inputs or all arguments of the recorded calls.
 
         Args:
-            what: Which of the two.
+            what: Which of these; a batch is nothing that a module sees.
             teaching_only: Leave out calls through which no gradient flows.
 
         Raises:
             CompressionError: If what is asked for was written to afterwards, or a call had no input.
         """
+        if what == "arguments":
+            return [(call.args, call.kwargs) for call in self.calls(teaching_only)]
         if what == "input":
             inputs = [[*call.args, *call.kwargs.values()] for call in self.calls(teaching_only)]
             if not all(inputs):

@@ -43,6 +43,8 @@ class Teacher:
             raise ValueError(f"The teacher's placement is {placement!r}; it must be 'device' or 'cpu'.")
         self.module = module.eval().requires_grad_(False)
         self.placement = placement
+        self.keeps_graph = False
+        """Whether answers can be differentiated by the teacher's own features; set by `TeacherRunner`."""
         for part in module.modules():
             if getattr(part, "inplace", False) is True:
                 part.inplace = False  # type: ignore[assignment]
@@ -61,12 +63,17 @@ class Teacher:
         self.module.to(device="cpu" if self.placement == "cpu" else device, dtype=dtype)
         return self
 
-    @torch.no_grad()  # not inference_mode: such tensors cannot be saved for the student's backward
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Answer what the student was asked. Autocast is as it is around the student.
 
         Float inputs of another type than the teacher's weights are converted where autocast does not.
         """
+        # Not inference_mode: such tensors cannot be saved for the student's backward.
+        with torch.set_grad_enabled(self.keeps_graph):
+            return self._answer(*args, **kwargs)
+
+    def _answer(self, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = map_tensors(Tensor.detach, (args, kwargs))
         own = next((t for t in tensors_in_module(self.module) if t.is_floating_point()), None)
         if own is None:
             return self.module(*args, **kwargs)
