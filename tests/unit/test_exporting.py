@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import nn
 
 import lightning_compress as lc
-from lightning_compress import exporting, layers, manifest
+from lightning_compress import graphs, layers, manifest
 from lightning_compress.cost import Call
 from lightning_compress.errors import CompressionError
 from lightning_compress.exporting import decode, encode, export, read_safetensors
@@ -237,7 +237,7 @@ def test_a_static_batch_on_request(tmp_path):
 
 
 def test_large_weights_go_beside_the_graph(tmp_path, monkeypatch):
-    monkeypatch.setattr(exporting, "_ONNX_INLINE_LIMIT", 10)
+    monkeypatch.setattr(graphs, "_ONNX_INLINE_LIMIT", 10)
     model = nn.Sequential(nn.Linear(100, 100))
     path = export(model, tmp_path / "model.onnx", torch.randn(2, 100))
     assert sorted(f.name for f in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
