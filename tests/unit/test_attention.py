@@ -19,6 +19,7 @@ from lightning_compress.attention import (
     without_nested_tensors,
 )
 from lightning_compress.errors import CompressionError
+from lightning_compress.layers import add_transform, remove_transform
 from lightning_compress.transforms import TRANSFORMS
 
 E, H, N, L, S = 8, 2, 3, 5, 4
@@ -255,6 +256,25 @@ def test_an_encoder_in_evaluation_computes_with_the_transforms(padded: bool, nes
         torch.testing.assert_close(with_nested[kept], wanted[kept], rtol=1e-6, atol=1e-6)
         if nested:
             torch.testing.assert_close(with_nested, wanted, rtol=1e-6, atol=1e-6)
+
+
+@torch.no_grad()
+def test_transforms_are_put_on_and_taken_off() -> None:
+    model, x = encoder(1), torch.randn(N, L, E, dtype=torch.float64)
+    before, attention = model(x), model.layers[0].self_attn
+    keys = list(model.state_dict())
+    add_transform(attention, "mask", double, slot="in_proj_weight")
+    add_transform(attention.out_proj, "mask", double)
+    assert type(attention) is TransformedMultiheadAttention
+    found = model(x)
+    remove_transform(attention, "mask", slot="in_proj_weight")
+    remove_transform(attention.out_proj, "mask")
+    assert type(attention) is nn.MultiheadAttention
+    assert list(model.state_dict()) == keys
+    assert torch.equal(model(x), before)
+    attention.in_proj_weight.mul_(2)
+    attention.out_proj.weight.mul_(2)
+    torch.testing.assert_close(found, model(x))
 
 
 @torch.no_grad()

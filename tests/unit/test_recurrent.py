@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
 
+from lightning_compress.layers import add_transform, remove_transform
 from lightning_compress.recurrent import (
     TransformedGRU,
     TransformedLSTM,
@@ -219,6 +220,22 @@ def test_a_replaced_parameter_is_used_and_survives_the_way_back() -> None:
     del module.__dict__[TRANSFORMS]
     module.__class__ = nn.LSTM
     torch.testing.assert_close(module(x)[0], reference(x)[0])
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_transforms_are_put_on_and_taken_off(kind: Any) -> None:
+    module, x = kind(X, H, 2), torch.randn(L, N, X)
+    before, keys = module(x)[0], list(module.state_dict())
+    child = nn.Hardtanh(-0.1, 0.1)
+    for slot in ("weight_hh_l1", "hidden_l0"):
+        add_transform(module, "fq", child, slot)
+    assert type(module) is NEW[kind]
+    assert not torch.allclose(module(x)[0], before)
+    for slot in ("weight_hh_l1", "hidden_l0"):
+        remove_transform(module, "fq", slot)
+    assert type(module) is kind
+    assert list(module.state_dict()) == keys
+    assert torch.equal(module(x)[0], before)
 
 
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
