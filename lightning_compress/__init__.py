@@ -12,6 +12,7 @@ from lightning_compress.loading import load as load
 from lightning_compress.loading import load_from_checkpoint as load_from_checkpoint
 from lightning_compress.loading import strip as strip
 from lightning_compress.manifest import materialize as materialize
+from lightning_compress.quantization.spec import QuantSpec as QuantSpec
 from lightning_compress.schedule import Schedule as Schedule
 from lightning_compress.schedule import Scheduled as Scheduled
 from lightning_compress.terms import LossTerm as LossTerm

@@ -16,10 +16,11 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
 import lightning_compress as lc
 from lightning_compress import manifest
-from lightning_compress.callbacks import ChannelPruning, Distillation, Pruning
+from lightning_compress.callbacks import ChannelPruning, Distillation, Pruning, QuantizationAwareTraining
 from lightning_compress.callbacks.base import CompressionCallback
 from lightning_compress.callbacks.strategies import StrategyAdapter
 from lightning_compress.callbacks.testing import CPUFSDPStrategy, TinyNet, rank, tiny_loader, weight_norm
+from lightning_compress.quantization.spec import QuantSpec
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 QUIET: dict[str, Any] = {
@@ -28,6 +29,10 @@ QUIET: dict[str, Any] = {
 }  # fmt: skip
 MASKS = lc.Schedule(begin=2, end=10, every=2)
 CUTS = lc.Schedule(begin=3, end=9, every=6)
+LATE_CUTS = lc.Schedule(begin=7, end=9, every=2)
+QAT: dict[str, Any] = {
+    "schedule": lc.Schedule(begin=5), "observe": 3, "freeze_ranges": 12, "freeze_batch_norm": 13,
+}  # fmt: skip
 
 
 class Losses(L.Callback):
@@ -99,6 +104,21 @@ TECHNIQUES: dict[str, Callable[[], list[CompressionCallback]]] = {
                 lc.KD(4.0, weight=lc.Scheduled(1.0, 0.0, lc.Schedule(begin=8, curve="constant")), name="b"),
             ],
         )
+    ],
+    "int8": lambda: [QuantizationAwareTraining(**QAT)],
+    "int8, from the start": lambda: [QuantizationAwareTraining(schedule=lc.Schedule(begin=0))],
+    "int8_dynamic": lambda: [QuantizationAwareTraining("int8_dynamic", **QAT)],
+    "lsq": lambda: [QuantizationAwareTraining("w2a2_lsq", **QAT)],
+    "percentile": lambda: [
+        QuantizationAwareTraining(
+            activations=QuantSpec(symmetric=False, observer="percentile", percentile=99.0), **QAT
+        )
+    ],
+    "int8, masks, distillation": lambda: [
+        Distillation(teacher()), QuantizationAwareTraining(**QAT), Pruning(0.8, schedule=MASKS),
+    ],
+    "lsq, channels": lambda: [
+        QuantizationAwareTraining("w2a2_lsq", **QAT), ChannelPruning(keep_macs=0.5, schedule=LATE_CUTS),
     ],
     "all": lambda: [
         Distillation(teacher()), Pruning(0.8, schedule=MASKS), ChannelPruning(keep_macs=0.5, schedule=CUTS),

@@ -22,14 +22,23 @@ from torch.utils.data import Dataset
 
 import lightning_compress as lc
 from lightning_compress import manifest
-from lightning_compress.callbacks import ChannelPruning, Distillation, ExactResume, Pruning
+from lightning_compress.callbacks import (
+    ChannelPruning,
+    Distillation,
+    ExactResume,
+    Pruning,
+    QuantizationAwareTraining,
+)
 from lightning_compress.callbacks.resume import random_state
 from lightning_compress.callbacks.testing import ResumableLoader, TinyNet, rank, tiny_data, tiny_loader
+from lightning_compress.quantization.spec import QuantSpec
 
 EPOCHS, BATCHES = 3, 4
 STEPS = EPOCHS * BATCHES
 MASKS = lc.Schedule(begin=3, end=9, every=3)
 CUTS = lc.Schedule(begin=2, end=10, every=4)
+# Observes from step 1, quantizes from 4, keeps its ranges from 8 and BatchNorm's statistics from 9.
+QAT: dict[str, Any] = {"schedule": lc.Schedule(begin=4), "observe": 3, "freeze_ranges": 8, "freeze_batch_norm": 9}
 
 
 class Augmented(Dataset[Any]):
@@ -119,10 +128,19 @@ TECHNIQUES: dict[str, Make] = {
         Distillation(fits.teacher(), losses=[Feature()], example_inputs=torch.zeros(2, 1, 8, 8))
     ],
     "term that starts late": lambda folder: fits.TECHNIQUES["scheduled"](),  # type: ignore[dict-item, return-value]
+    "int8": lambda folder: [QuantizationAwareTraining(**QAT)],
+    "lsq": lambda folder: [QuantizationAwareTraining("w2a2_lsq", **QAT)],
+    "percentile": lambda folder: [
+        QuantizationAwareTraining(activations=QuantSpec(symmetric=False, observer="percentile"), **QAT)
+    ],
+    "lsq, channels, averaged": lambda folder: [
+        QuantizationAwareTraining("w2a2_lsq", **QAT), ChannelPruning(keep_macs=0.5, schedule=CUTS),
+        EMAWeightAveraging(decay=0.9),
+    ],
     "everything": _everything,
     "everything, averaged": lambda folder: [*_everything(folder), EMAWeightAveraging(decay=0.9)],
 }  # fmt: skip
-CUTTING = {"channels", "channels at setup", "everything", "everything, averaged"}
+CUTTING = {"lsq, channels, averaged", "channels", "channels at setup", "everything", "everything, averaged"}
 MASKING = {"masks", "masks by percent", "soft masks", "2:4", "everything", "everything, averaged"}
 
 

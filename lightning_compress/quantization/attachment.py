@@ -185,7 +185,7 @@ def _apply_attach(root: nn.Module, edit: Edit, journal: Journal) -> list[Swap]:
 def _check_projections(root: nn.Module, names: Mapping[str, Any]) -> None:
     for name in names:
         owner = attention.owner_of(root, get_submodule_clean(root, name))
-        if owner is not None and not isinstance(owner, layers.TransformedMultiheadAttention):
+        if owner is not None and not isinstance(owner, attention.TransformedMultiheadAttention):
             raise CompressionError(
                 f"{name!r} is read by its attention layer, not called; quantize {name.rpartition('.')[0]!r} as well, or "
                 "leave out both"
@@ -223,8 +223,8 @@ def _make(module: nn.Module, weight: Tensor | None, spec: QuantSpec) -> Quantize
         quantizer = kinds.make(spec, (1,), of="activations")
     else:
         gates = recurrent.gates(module) if isinstance(module, nn.RNNBase) else 1
-        axis = 1 if isinstance(module, _TRANSPOSED) else 0
-        quantizer = kinds.make(spec, tuple(weight.shape), of="weights", gates=gates, axis=axis)
+        axis, groups = (1, module.groups) if isinstance(module, _TRANSPOSED) else (0, 1)
+        quantizer = kinds.make(spec, tuple(weight.shape), of="weights", gates=gates, axis=axis, groups=groups)
     for parameter in quantizer.parameters():
         parameter.requires_grad_(False)  # until it is enabled
     return quantizer if like is None else quantizer.to(like.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 from torch import nn
@@ -13,6 +14,7 @@ from lightning_compress.quantization.spec import PRESETS, QuantSpec, parse
 from lightning_compress.targets import as_patterns, first_and_last, select
 
 FirstLast = Literal["same", "int8", "float"]
+_TOKENS = (nn.Linear, nn.MultiheadAttention, nn.RNNBase)
 Choice = tuple[QuantSpec | None, QuantSpec | None]  # of weights and activations
 _EIGHT: Choice = (parse("int8", "weights"), parse("int8", "activations"))
 
@@ -108,6 +110,8 @@ def _by_slot(module: nn.Module, choice: Choice) -> dict[str, QuantSpec]:
     weights, activations = choice
     slots = slots_for(module)
     found = {} if weights is None else dict.fromkeys(slots.weights, weights)
+    if activations is not None and activations.granularity == "token" and not isinstance(module, _TOKENS):
+        activations = replace(activations, granularity="sample")  # the last dimension of an image is no feature
     return found if activations is None else found | dict.fromkeys(slots.activations, activations)
 
 

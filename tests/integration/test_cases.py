@@ -42,9 +42,15 @@ TECHNIQUES: dict[str, Make] = {
     "distillation, module": lambda folder: fits.TECHNIQUES["distillation"](),
     "distillation, path": lambda folder: [Distillation(saved_teacher(folder))],
     "distillation, initial": lambda folder: [Distillation("initial")],
+    "int8": lambda folder: fits.TECHNIQUES["int8"](),
+    "int8, dynamic": lambda folder: fits.TECHNIQUES["int8_dynamic"](),
+    "learned steps": lambda folder: fits.TECHNIQUES["lsq"](),
+    "int8, masks, distillation": lambda folder: fits.TECHNIQUES["int8, masks, distillation"](),
+    "learned steps, channels": lambda folder: fits.TECHNIQUES["lsq, channels"](),
     "everything": lambda folder: fits.TECHNIQUES["all"](),
 }
-CUTTING = {name for name in TECHNIQUES if name.startswith("channels") or name == "everything"}
+CUTTING = {name for name in TECHNIQUES if "channels" in name or name == "everything"}
+QUANTIZING = {name for name in TECHNIQUES if "int8" in name or "learned steps" in name}
 MASKING = {name for name in TECHNIQUES if "masks" in name or name == "everything"}
 
 
@@ -78,10 +84,18 @@ def check(technique: str, module: L.LightningModule) -> None:
     if technique in MASKING:
         weights = [p for n, p in module.named_parameters() if n.endswith("weight")]
         zeros = sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
-        wanted = {"masks": 0.8, "soft masks": 0.8, "everything": 0.8, "N:M masks": 0.45, "filter masks": 0.35}
+        wanted = {
+            "int8, masks, distillation": 0.8,
+            "masks": 0.8,
+            "soft masks": 0.8,
+            "everything": 0.8,
+            "N:M masks": 0.45,
+            "filter masks": 0.35,
+        }
         assert zeros >= wanted[technique] - 1e-3
     assert all(p.grad is None or p.grad.shape == p.shape for p in module.parameters())
-    assert type(module.net[0]) is torch.nn.Conv2d  # type: ignore[index]
+    quantized = type(module.net[0]) is not torch.nn.Conv2d  # type: ignore[index]
+    assert quantized == (technique in QUANTIZING)
 
 
 def test_fit(technique: str, ours: list[CompressionCallback]) -> None:
@@ -111,7 +125,7 @@ def test_fast_dev_run(technique: str, ours: list[CompressionCallback]) -> None:
 
 
 def test_two_optimizers(technique: str, ours: list[CompressionCallback]) -> None:
-    if technique.startswith("channels") or technique == "everything":
+    if technique in CUTTING:
         for callback in ours:
             callback.__dict__.setdefault("example_inputs", X)
             if isinstance(callback, ChannelPruning):
@@ -127,7 +141,7 @@ def test_load_from_checkpoint(technique: str, ours: list[CompressionCallback], t
     x = torch.randn(3, 1, 8, 8)
     assert type(loaded) is TinyNet
     assert torch.equal(loaded.eval()(x), module.eval()(x))
-    if technique not in CUTTING:
+    if technique not in CUTTING | QUANTIZING:
         TinyNet.load_from_checkpoint(tmp_path / "last.ckpt")  # strictly, without this package
 
 
@@ -138,7 +152,7 @@ def test_save_weights_only(technique: str, ours: list[CompressionCallback], tmp_
     x = torch.randn(3, 1, 8, 8)
     assert torch.equal(plain.eval()(x), module.eval()(x))
     recorded = torch.load(tmp_path / "small.ckpt", weights_only=True).get("lightning_compress", {})
-    assert bool(recorded.get("edits")) == (technique in CUTTING)
+    assert bool(recorded.get("edits")) == (technique in CUTTING | QUANTIZING)
     assert bool(recorded.get("masks")) == (technique in MASKING)
 
 

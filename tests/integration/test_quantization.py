@@ -1,0 +1,307 @@
+"""Quantization-aware training in a Trainer: phases, files, averages, compilation, cuts, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import fits
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from torch import Tensor, nn
+
+import lightning_compress as lc
+from lightning_compress import layers, manifest
+from lightning_compress.callbacks import ChannelPruning, Pruning, QuantizationAwareTraining
+from lightning_compress.callbacks.testing import TinyNet, tiny_loader
+from lightning_compress.quantization import attachment
+
+X = torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(3))
+
+
+def run(callbacks: list[Any], module: L.LightningModule | type[TinyNet] = TinyNet, **settings: Any) -> tuple[Any, Any]:
+    L.seed_everything(0, verbose=False)
+    path = settings.pop("ckpt_path", None)
+    module = module() if isinstance(module, type) else module
+    trainer = L.Trainer(callbacks=callbacks, **{**fits.QUIET, "max_epochs": 4, "num_sanity_val_steps": 0, **settings})
+    trainer.fit(module, tiny_loader(), tiny_loader(samples=16), ckpt_path=path)
+    return trainer, module
+
+
+class Watch(L.Callback):
+    """Notes the state of the quantizers before each step and around each validation."""
+
+    def __init__(self) -> None:
+        self.enabled: list[bool] = []
+        self.observing: list[bool] = []
+        self.ranges: list[Tensor] = []
+        self.changed_in_validation = False
+
+    @staticmethod
+    def _ranges(module: nn.Module) -> Tensor:
+        found = attachment.quantizers(module).values()
+        return torch.cat([b.detach().flatten().clone() for q in found for b in q.buffers()])
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        found = attachment.quantizers(pl_module)
+        self.enabled.append(all(q.enabled for q in found.values()))
+        self.observing.append(any(q.observing for q in found.values()))
+        self.ranges.append(self._ranges(pl_module))
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        self._before = copy.deepcopy(pl_module.state_dict())
+        self._modes = [m.training for m in pl_module.modules()]
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        self.changed_in_validation |= not manifest.equal(self._before, dict(pl_module.state_dict()))
+
+
+def test_it_observes_quantizes_and_freezes_when_it_should() -> None:
+    watch = Watch()
+    run([QuantizationAwareTraining(**fits.QAT), watch])
+    assert watch.enabled == [step >= 5 for step in range(16)]
+    assert watch.observing == [2 <= step < 12 for step in range(16)]
+    moved = [not torch.equal(a, b) for a, b in zip(watch.ranges, watch.ranges[1:], strict=False)]
+    assert all(moved[1:11])
+    assert not any(moved[12:])
+    assert not watch.changed_in_validation
+
+
+def test_before_it_begins_nothing_is_different() -> None:
+    class Weights(L.Callback):
+        def __init__(self) -> None:
+            self.found: list[str] = []
+
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+            self.found.append(manifest.digest({n: p for n, p in pl_module.named_parameters() if "_lc_" not in n}))
+
+    plain, ours = Weights(), Weights()
+    run([plain])
+    run([QuantizationAwareTraining("w2a2_lsq", **fits.QAT), ours])
+    assert plain.found[:5] == ours.found[:5]
+    assert plain.found[5] != ours.found[5]
+
+
+class Modes(TinyNet):
+    def __init__(self) -> None:
+        super().__init__(dropout=0.25, batchnorm=True)
+        self.net[1].momentum, self.net[1].eps = 0.03, 1e-3  # type: ignore[union-attr]
+
+
+def test_dropout_and_batch_norm_keep_their_settings_and_batch_norm_is_frozen_late() -> None:
+    seen: list[tuple[bool, bool]] = []
+
+    class Look(L.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+            seen.append((pl_module.net[1].training, pl_module.net[8].training))
+
+    _, module = run([QuantizationAwareTraining(**fits.QAT), Look()], Modes())
+    assert seen == [(step < 13, True) for step in range(16)]
+    assert (module.net[1].momentum, module.net[1].eps, module.net[8].p) == (0.03, 1e-3, 0.25)
+    assert module.net[1].training == module.training
+
+
+def test_the_users_own_class_loads_the_file(tmp_path: Path) -> None:
+    trainer, module = run([QuantizationAwareTraining("w2a2_lsq", **fits.QAT)])
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    state = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    wrong = TinyNet().load_state_dict(state, strict=False)
+    assert not wrong.missing_keys
+    assert wrong.unexpected_keys
+    assert all("._lc_fq_" in key for key in wrong.unexpected_keys)
+    plain = TinyNet.load_from_checkpoint(lc.strip(tmp_path / "last.ckpt"))  # strictly, without this package
+    assert all(torch.equal(p, module.get_parameter(n)) for n, p in plain.named_parameters())
+    stripped = lc.load_from_checkpoint(TinyNet, tmp_path / "last.stripped.ckpt")
+    assert not attachment.quantizers(stripped)
+
+
+def test_a_file_from_before_it_began_computes_in_full_precision(tmp_path: Path) -> None:
+    saving = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=4)
+    run([QuantizationAwareTraining(**fits.QAT), saving], enable_checkpointing=True)
+    early, late = (lc.load_from_checkpoint(TinyNet, tmp_path / f"step={n}.ckpt").eval() for n in (4, 8))
+    assert not any(q.enabled for q in attachment.quantizers(early).values())
+    assert all(q.enabled for q in attachment.quantizers(late).values())
+    plain = copy.deepcopy(late)
+    attachment.detach(plain)
+    assert type(plain.net[0]) is nn.Conv2d
+    assert not torch.equal(late(X), plain(X))
+    with layers.bypassed(late):
+        assert torch.equal(late(X), plain(X))
+
+
+def test_validate_and_test_use_what_the_checkpoint_says(tmp_path: Path) -> None:
+    trainer, module = run([QuantizationAwareTraining(**fits.QAT)])
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    mine = trainer.test(module, tiny_loader(), verbose=False)[0]["test_loss"]
+    other = L.Trainer(callbacks=[QuantizationAwareTraining(**fits.QAT)], **fits.QUIET)
+    again = other.test(TinyNet(), tiny_loader(), ckpt_path=tmp_path / "last.ckpt", verbose=False)[0]["test_loss"]
+    assert again == pytest.approx(mine, rel=1e-6)
+
+
+def test_a_second_fit_goes_on_quantized() -> None:
+    _, module = run([QuantizationAwareTraining(**fits.QAT)])
+    watch = Watch()
+    run([QuantizationAwareTraining(**fits.QAT), watch], module)
+    assert all(watch.enabled)
+    assert len(manifest.edits_of(module)) == 2
+
+
+def test_an_average_has_ranges_of_its_own_time() -> None:
+    average = EMAWeightAveraging(decay=0.5)
+    _, module = run([average, QuantizationAwareTraining("w2a2_lsq", **fits.QAT)])
+    for name, quantizer in attachment.quantizers(module).items():
+        assert quantizer.enabled, name
+        for tensor in (*quantizer.parameters(), *quantizer.buffers()):
+            assert torch.isfinite(tensor).all()
+    assert torch.isfinite(module.eval()(X)).all()
+
+
+def test_masked_weights_stay_exactly_zero_when_quantized() -> None:
+    soft = Pruning(0.8, schedule=fits.MASKS, mode="soft")
+    zeros: list[float] = []
+
+    class Look(L.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+            used = [layers.transformed_weight(m) for m in (pl_module.net[0], pl_module.net[3], pl_module.net[9])]
+            zeros.append(sum(int((w == 0).sum()) for w in used) / sum(w.numel() for w in used))
+
+    run([soft, QuantizationAwareTraining(**fits.QAT), Look()])
+    assert zeros[-1] >= 0.8 - 1e-3
+
+
+def test_quantizers_follow_a_channel_cut_and_train_on() -> None:
+    cut = ChannelPruning(keep_macs=0.5, schedule=lc.Schedule(begin=9, curve="constant"))
+    shapes: list[tuple[int, int, int]] = []
+
+    class Look(L.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+            step = attachment.quantizers(pl_module)["net.3.weight"].step
+            state = trainer.optimizers[0].state.get(step, {})
+            size = len(state["exp_avg"]) if "exp_avg" in state else 0
+            shapes.append((pl_module.net[3].out_channels, len(step), size))
+
+    trainer, module = run([QuantizationAwareTraining("w2a2_lsq", first_last="same", **fits.QAT), cut, Look()],
+                          TinyNet(optimizer="Adam"))  # fmt: skip
+    before, after = shapes[8], shapes[9]
+    assert before == (16, 16, 16)
+    assert after[0] < 16
+    assert after == (after[0],) * 3
+    assert trainer.global_step - 9 >= 5
+    assert torch.isfinite(module.eval()(X)).all()
+
+
+def test_tied_weights_share_a_quantizer() -> None:
+    class Tied(TinyNet):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.b.weight = self.a.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(super().forward(x)))  # type: ignore[no-any-return]
+
+    _, module = run([QuantizationAwareTraining("w2a2_lsq", **fits.QAT)], Tied())
+    found = attachment.quantizers(module)
+    assert found["a.weight"] is found["b.weight"]
+    assert found["a.input"] is not found["b.input"]
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_half_precision(precision: Any) -> None:
+    _, module = run([QuantizationAwareTraining("w2a2_lsq", **fits.QAT)], precision=precision)
+    ranges = [b for q in attachment.quantizers(module).values() for b in (*q.buffers(), *q.parameters())]
+    assert all(torch.isfinite(r).all() for r in ranges)
+
+
+@pytest.mark.parametrize("preset", ["int8_static", "int8_dynamic", "w4a8", "w2a2_lsq", "fp8"])
+def test_every_preset(preset: Any) -> None:
+    _, module = run([QuantizationAwareTraining(preset, **fits.QAT)])
+    assert torch.isfinite(module.eval()(X)).all()
+
+
+@pytest.mark.needs_compiler
+def test_a_compiled_model_trains_like_an_eager_one() -> None:
+    class Compiled(TinyNet):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = torch.compile(self.net, backend="aot_eager")
+
+    _, eager = run([QuantizationAwareTraining(**fits.QAT)])
+    _, compiled = run([QuantizationAwareTraining(**fits.QAT)], Compiled)
+    for mine, other in zip(eager.parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------- bad input
+BAD = [
+    ({"preset": "int7"}, ValueError, "preset is one of"),
+    ({"weights": "int9"}, ValueError, "bits is a whole number"),
+    ({"weights": "in8"}, ValueError, "not known"),
+    ({"weights": 8}, TypeError, "QuantSpec or a name"),
+    ({"activations": "binary"}, ValueError, "not for activations"),
+    ({"weights": "pact4"}, ValueError, "not for weights"),
+    ({"plan": ["net.0"]}, TypeError, "plan is a dictionary"),
+    ({"plan": {"net.0": "int7"}}, ValueError, "no preset"),
+    ({"first_last": "int4"}, ValueError, "first_last is"),
+    ({"schedule": None}, TypeError, "schedule says when"),
+    ({"observe": -1}, ValueError, "cannot be negative"),
+    ({"freeze_ranges": 1.5}, ValueError, "strictly between 0 and 1"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "error", "text"), BAD)
+def test_bad_arguments(arguments: dict[str, Any], error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        QuantizationAwareTraining(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"plan": {"net.77": "none"}}, "net.77"),
+        ({"targets": ("net.1",)}, "net.1"),
+        ({"weights": "none", "activations": "none"}, "nothing is left to quantize"),
+        ({"plan": {"net.0": {"hidden": "int8"}}}, "has no such thing"),
+    ],
+)
+def test_plans_that_fit_nothing(arguments: dict[str, Any], text: str) -> None:
+    module = TinyNet()
+    before = copy.deepcopy(module.state_dict())
+    with pytest.raises(lc.CompressionError, match=text):
+        run([QuantizationAwareTraining(**{**fits.QAT, **arguments})], module)
+    assert manifest.equal(before, module.state_dict())
+    assert type(module.net[0]) is nn.Conv2d
+
+
+def test_activations_that_are_not_finite_are_named() -> None:
+    class Bad(TinyNet):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x * float("nan"))
+
+    with pytest.raises(lc.CompressionError, match=r"net\.0\.input.*(NaN|finite)"):
+        run([QuantizationAwareTraining(**fits.QAT)], Bad())
+
+
+def test_a_layer_that_never_runs_is_left_out_and_named(capsys: pytest.CaptureFixture[str]) -> None:
+    class Idle(TinyNet):
+        def __init__(self) -> None:
+            super().__init__()
+            self.idle = nn.Linear(4, 4)
+
+    records: list[Any] = []
+
+    class Hear(QuantizationAwareTraining):
+        def on_compression_event(self, trainer: Any, pl_module: Any, record: Any) -> None:
+            records.append(record)
+
+    _, module = run([Hear(**fits.QAT)], Idle())
+    assert any("idle" in note for note in records[0].notes)
+    assert not attachment.quantizers(module)["idle.input"].enabled
+
+
+def test_two_callbacks_may_not_disagree_about_a_layer() -> None:
+    with pytest.raises(lc.CompressionError, match="leave the layer to one callback"):
+        run([QuantizationAwareTraining(**fits.QAT), QuantizationAwareTraining("w4a8", name="b", **fits.QAT)])
