@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress import manifest as manifests
+from lightning_compress.calibration import calibration_calls
 from lightning_compress.encoding import decode as decode
 from lightning_compress.encoding import encode as encode
 from lightning_compress.errors import CompressionError
 from lightning_compress.graphs import trace, write_onnx
 from lightning_compress.layers import transformed_weight
+from lightning_compress.probe import from_example_inputs
 from lightning_compress.targets import clean_name, unwrap
 from lightning_compress.writing import PathLike, require, whole
 
@@ -37,6 +39,8 @@ def export(
     dynamic_batch: bool = True,
     manifest: Mapping[str, Any] | None = None,
     opset_version: int | None = None,
+    calibration: Any = None,
+    prepare: Callable[[Any], Any] | None = None,
 ) -> Path:
     """Write a model's evaluation mode to a file.
 
@@ -44,6 +48,10 @@ def export(
     manifest in the header: `lc.load` rebuilds the smaller architecture from it. `.onnx` and `.pt2` hold the graph of
     `forward` too and run without the model's code; both carry the manifest as metadata. In a distributed run call it
     on one rank.
+
+    With `calibration` what is written is a model of integers, about a quarter of the size: weights as int8, and
+    activations as uint8 where its quantizers have them or, in a model without quantizers, in the ranges seen on the
+    calibration data. The `.onnx` file is for ONNX Runtime and OpenVINO; `.pt2` is an `Int8Artifact`.
 
     Args:
         model: Any module, a LightningModule included; pass the module that the callbacks edited, since the manifest
@@ -56,12 +64,16 @@ def export(
             tensor with the same size there.
         manifest: What was done to the model; default: its own record.
         opset_version: Of ONNX; default: the exporter's.
+        calibration: Real inputs: a `DataLoader`, a dataset, a LightningDataModule, or an iterable of batches or of
+            `ExampleCall`s.
+        prepare: Takes a batch of `calibration` and returns the model's arguments; default: of a tuple the first
+            elements, of a dict the entries that `forward` takes.
 
     Returns:
         The path of the file.
 
     Raises:
-        ValueError: The format is unknown.
+        ValueError: The format is unknown, or holds no integers.
         TypeError: `model` is no module.
         OSError: The file cannot be written, because the disk is full or the place is not writable.
         CompressionError: The model cannot be written in this format, or an optional package is missing.
@@ -84,7 +96,12 @@ def export(
         raise CompressionError(f"{meta!r} is on the meta device, so it has no values to write; load the weights first")
     if target.is_dir():
         raise CompressionError(f"{str(target)!r} is a folder; give the path of a file, such as 'folder/model.{kind}'")
-    record = encode(manifests.of(model) if manifest is None else manifest)
+    done = manifests.of(model) if manifest is None else manifest
+    if calibration is not None:
+        return _export_integers(
+            model, target, kind, example_inputs, calibration, prepare, done, dynamic_batch, opset_version
+        )
+    record = encode(done)
     if kind == "safetensors":
         with whole(target) as partial:
             _write_safetensors(unwrap(model), partial, record)
@@ -100,6 +117,34 @@ def export(
             torch.export.save(program, buffer, extra_files={manifests.KEY: record})
             partial.write_bytes(buffer.getbuffer())
     return target
+
+
+def _export_integers(
+    model: nn.Module,
+    target: Path,
+    kind: str,
+    example_inputs: Any,
+    calibration: Any,
+    prepare: Callable[[Any], Any] | None,
+    manifest: Mapping[str, Any],
+    dynamic_batch: bool,
+    opset_version: int | None,
+) -> Path:
+    from lightning_compress.quantization.artifact import Int8Artifact
+
+    if kind == "safetensors":
+        raise ValueError(
+            "a safetensors file holds weights and no graph, so nothing in it could be integer; give a path that ends "
+            "in '.onnx' or '.pt2', or leave `calibration` out"
+        )
+    if kind == "onnx":
+        require("onnx", "onnxscript", extra="onnx")
+    example = None if example_inputs is None else from_example_inputs(example_inputs)
+    calls = list(calibration_calls(model, calibration, example, prepare))
+    if not calls:
+        raise CompressionError("`calibration` holds no batch; pass some batches of real inputs")
+    artifact = Int8Artifact.of(model, example or calls[0], calls, manifest, dynamic_batch=dynamic_batch)
+    return artifact.to_onnx(target, opset_version) if kind == "onnx" else artifact.save(target)
 
 
 def _format(path: Path, format: Format | None) -> str:

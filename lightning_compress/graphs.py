@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def trace(model: nn.Module, example_inputs: Any, dynamic_batch: bool = True) -> 
     if dynamic_batch:
         args, kwargs, shapes = _free_batch(module, args, kwargs)
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings(), _no_fused_attention():
             warnings.filterwarnings("ignore", message="The tensor attributes? .*_flat_weights")  # of torch's own RNNs
             return torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
     except Exception as error:
@@ -52,6 +53,17 @@ def trace(model: nn.Module, example_inputs: Any, dynamic_batch: bool = True) -> 
             f"{type(error).__name__}: {error}\nA graph needs a forward without data-dependent Python control flow; "
             f"`.safetensors` has no such limit.{hint}"
         ) from error
+
+
+@contextmanager
+def _no_fused_attention() -> Iterator[None]:
+    """One operator for a whole encoder layer hides what it computes: ONNX has none, and no runtime optimizes it."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _arguments(root: nn.Module, example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
