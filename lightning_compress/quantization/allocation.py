@@ -56,7 +56,7 @@ class Allocation:
         return {unit: math.fsum(values.values()) for unit, values in self.costs.items()}
 
     def plan(self, options: Mapping[str, Choice]) -> dict[str, dict[str, QuantSpec | None]]:
-        """The specs of each layer, ``{layer: {"weight": spec, "input": spec}}``.
+        """The specs of each layer, as a plan: ``{layer: {"weights": spec, "activations": spec}}``.
 
         Args:
             options: What the names of choices mean.

@@ -9,7 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_compress import recurrent
 from lightning_compress.errors import CompressionError
+from lightning_compress.quantization.attachment import slots_for
+from lightning_compress.quantization.layout import Layout
 from lightning_compress.quantization.spec import QuantSpec, parse
 from lightning_compress.targets import get_submodule_clean
 
@@ -44,8 +47,8 @@ class Choice:
         return _bits(self.weight), _bits(self.input)
 
     def slots(self) -> dict[str, QuantSpec | None]:
-        """As a plan has it: ``{"weight": spec, "input": spec}``."""
-        return {"weight": self.weight, "input": self.input}
+        """As a plan has it: ``{"weights": spec, "activations": spec}``."""
+        return {"weights": self.weight, "activations": self.input}
 
 
 def _bits(spec: QuantSpec | None) -> int:
@@ -94,16 +97,6 @@ def _name(value: QuantSpec | str | None) -> str:
     return f"{kind}{value.bits}" + ("_dynamic" if value.dynamic else "")
 
 
-def weight_slots(module: nn.Module) -> list[str]:
-    """Names of a layer's own weights: parameters with two or more dimensions.
-
-    Example:
-        >>> weight_slots(nn.LSTM(2, 3))
-        ['weight_ih_l0', 'weight_hh_l0']
-    """
-    return [name for name, p in module.named_parameters(recurse=False) if p.dim() >= 2]
-
-
 def scale_count(module: nn.Module, weight: Tensor, spec: QuantSpec) -> int:
     """How many scales a weight has.
 
@@ -117,16 +110,14 @@ def scale_count(module: nn.Module, weight: Tensor, spec: QuantSpec) -> int:
         >>> scale_count(layer, layer.weight, QuantSpec(granularity="group:32"))
         20
     """
-    rows = weight.shape[1] if isinstance(module, _TRANSPOSED) else weight.shape[0]
-    if spec.method == "alternating":  # one coefficient for each code of each row
-        return spec.bits * (rows if spec.granularity == "channel" else 1)
-    if spec.group is not None:
-        return rows * math.ceil(weight.numel() / rows / spec.group)
-    if spec.granularity == "channel":
-        return int(rows)
-    if spec.granularity == "gate":
-        return {"LSTM": 4, "GRU": 3}.get(str(getattr(module, "mode", "")), 1)
-    return 1
+    layout = Layout.of(
+        spec,
+        tuple(weight.shape),
+        gates=recurrent.gates(module) if isinstance(module, nn.RNNBase) else 1,
+        axis=1 if isinstance(module, _TRANSPOSED) else 0,
+        groups=int(getattr(module, "groups", 1)),
+    )
+    return math.prod(layout.size) * (spec.bits if spec.method == "alternating" else 1)
 
 
 def packed_bytes(module: nn.Module, weight: Tensor, spec: QuantSpec | None) -> int:
@@ -170,7 +161,7 @@ def byte_costs(model: nn.Module, layers: Sequence[str], options: Mapping[str, Ch
     seen: set[int] = set()
     for layer in layers:
         module = get_submodule_clean(model, layer)
-        weights = set(weight_slots(module))
+        weights = set(slots_for(module).weights)
         own = [(name, p) for name, p in module.named_parameters(recurse=False) if id(p) not in seen]
         seen.update(id(p) for _, p in own)
         plain = sum(p.numel() * p.element_size() for name, p in own if name not in weights)
@@ -187,7 +178,7 @@ def bop_costs(macs: Mapping[str, int], layers: Sequence[str], options: Mapping[s
     As in HAWQ-V3 (Yao et al., ICML 2021); what is not quantized has 32 bits.
 
     Args:
-        macs: Multiply-accumulates of each layer, such as `cost.count_macs(...).per_module`.
+        macs: Multiply-accumulates of each layer, see `probing.layer_macs`.
         layers: Clean names of the layers.
         options: The choices by name.
 

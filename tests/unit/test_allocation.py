@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_compress.cost import Call, count_macs
+from lightning_compress.cost import Call
 from lightning_compress.errors import CompressionError
 from lightning_compress.quantization.allocation import Allocation, allocate, pareto, uniform
 from lightning_compress.quantization.choices import (
@@ -29,6 +29,7 @@ from lightning_compress.quantization.choices import (
 )
 from lightning_compress.quantization.grouping import merged, parallel_groups, tied_groups
 from lightning_compress.quantization.knapsack import InfeasibleError, Item, smallest, solve
+from lightning_compress.quantization.probing import layer_macs
 from lightning_compress.quantization.spec import QuantSpec
 from lightning_compress.ranks import Ranks
 
@@ -214,12 +215,12 @@ def test_plan_and_table_and_plain_data() -> None:
     layers = ["0", "2"]
     costs = {
         "bytes": byte_costs(net, layers, options),
-        "bops": bop_costs(count_macs(net, Call(torch.zeros(1, 8))).per_module, layers, options),
+        "bops": bop_costs(layer_macs(net, layers, Call(torch.zeros(1, 8))), layers, options),
     }
     scores = {n: {k: 1.0 / c.bits[0] for k, c in options.items()} for n in layers}
     found = allocate(scores, costs, {"bytes": 250})
     plan = found.plan(options)
-    assert plan["0"] == {"weight": options[found.choices["0"]].weight, "input": QuantSpec(symmetric=False)}
+    assert plan["0"] == {"weights": options[found.choices["0"]].weight, "activations": QuantSpec(symmetric=False)}
     assert Allocation.from_dict(found.to_dict()) == found
     assert "budget" in str(found)
     with pytest.raises(ValueError, match="not among"):
@@ -231,7 +232,7 @@ def test_costs_count_what_a_file_holds() -> None:
     assert packed_bytes(conv, conv.weight, None) == 4 * 216
     assert packed_bytes(conv, conv.weight, QuantSpec(bits=3, granularity="channel")) == 81 + 32
     up = nn.ConvTranspose2d(6, 4, 2, groups=2)
-    assert scale_count(up, up.weight, QuantSpec(granularity="channel")) == 2
+    assert scale_count(up, up.weight, QuantSpec(granularity="channel")) == 4
     lstm = nn.LSTM(3, 5)
     assert scale_count(lstm, lstm.weight_ih_l0, QuantSpec(granularity="gate")) == 4
     codes = QuantSpec(bits=2, method="alternating", granularity="channel")
