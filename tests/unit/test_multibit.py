@@ -310,6 +310,19 @@ def test_activations() -> None:
     assert (fq.fake_quantize(x)[x == 0] != 0).all()  # a sum of signs has no zero, and activations need none
 
 
+@pytest.mark.parametrize("granularity", ["token", "sample"])
+def test_activations_of_a_sample_do_not_depend_on_the_batch(granularity: str) -> None:
+    spec = QuantSpec(bits=2, method="alternating")
+    for name, value in (("granularity", granularity), ("dynamic", True)):
+        object.__setattr__(spec, name, value)  # whether or not specs may say so already
+    fq, x = MultiBitQuantizer(spec, Layout(), "activations"), torch.randn(3, 4, 8)
+    found = fq.fake_quantize(x)
+    torch.testing.assert_close(torch.cat([fq.fake_quantize(one) for one in x.split(1)]), found)
+    rows = x.view(-1, 8) if granularity == "token" else x.view(3, -1)
+    torch.testing.assert_close(found.view(rows.shape), alternating(rows, 2).rows())
+    assert torch.equal(fq.decode(fq.codes(x), x.shape), found)
+
+
 def test_export_copy_and_bit_operations() -> None:
     fq = quantizer(2, "channel", (4, 8))
     fq.enabled = True
