@@ -244,9 +244,9 @@ class StrategyAdapter:
         if self.world_size == 1:
             return vector[None]
         mine = vector.to(self.device)
-        rows = torch.empty(self.world_size, mine.numel(), dtype=mine.dtype, device=mine.device)
-        dist.all_gather_into_tensor(rows, mine)
-        return rows.to(vector.device)
+        flat = torch.empty(self.world_size * mine.numel(), dtype=mine.dtype, device=mine.device)  # gloo wants it so
+        dist.all_gather_into_tensor(flat, mine)
+        return flat.view(self.world_size, -1).to(vector.device)
 
     def check_sharding(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Refuse parameters whose parts this adapter could not count once.

@@ -187,7 +187,7 @@ def _check_projections(root: nn.Module, names: Mapping[str, Any]) -> None:
         owner = attention.owner_of(root, get_submodule_clean(root, name))
         if owner is not None and not isinstance(owner, attention.TransformedMultiheadAttention):
             raise CompressionError(
-                f"{name!r} is read by its attention layer, not called; quantize {name.rpartition('.')[0]!r} as well, or "
+                f"{name!r} is read by its attention layer, not called; quantize {name.rpartition('.')[0]!r} too, or "
                 "leave out both"
             )
 

@@ -52,16 +52,19 @@ def make(
         tensor([[ 0.7000, -0.3000,  0.0000],
                 [ 7.0000,  1.0000,  2.0000]])
     """
-    from lightning_compress.quantization import multibit, trained_quantizers  # these build on this module
+    # These build on this module, so they come in only now.
+    from lightning_compress.quantization.trained_quantizers import KINDS
 
     layout = Layout() if of == "activations" else Layout.of(spec, shape, gates=gates, axis=axis, groups=groups)
     if spec.method == "alternating":
-        return multibit.MultiBitQuantizer(spec, layout, of)
+        from lightning_compress.quantization.multibit import MultiBitQuantizer
+
+        return MultiBitQuantizer(spec, layout, of)
     if spec.dynamic:
         return DynamicQuantizer(spec, layout, of)
     if spec.method == "range":
         return RangeQuantizer(spec, layout, of)
-    return trained_quantizers.KINDS[spec.method](spec, layout, of)
+    return KINDS[spec.method](spec, layout, of)
 
 
 class Quantizer(nn.Module):
