@@ -45,10 +45,16 @@ class StepQuantizer(Quantizer):
         """See `Quantizer.fake_quantize`."""
         rows = self.layout.rows(x)
         step = self.layout.spread(self.step, rows)
-        two = self.spec.power_of_two
+        factor, two = self._gradient_scale(x), self.spec.power_of_two
         if self.has_offset:
-            return learned.lsq_plus(x, step, self.offset, *self.levels, power_of_two=two)
-        return self.layout.back(learned.lsq(rows, step, *self.levels, power_of_two=two), x)
+            return learned.lsq_plus(x, step, self.offset, *self.levels, factor, two)
+        return self.layout.back(learned.lsq(rows, step, *self.levels, factor, two), x)
+
+    def _gradient_scale(self, x: Tensor) -> float | None:
+        """For activations N is the number of features of one sample: no batch size or number of ranks matters."""
+        if self.of == "weights" or x.dim() < 2:
+            return None
+        return float((math.prod(x.shape[1:]) * self.levels[1]) ** -0.5)
 
     def scale_zero_point(self, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See `Quantizer.scale_zero_point`; needs no tensor."""
