@@ -1,0 +1,405 @@
+"""Dense weights as products of small ones: SVD of matrices and convolutions, Tucker-2, CP; and back.
+
+A method knows three forms of a layer: the dense weight; *factors*, the small tensors in a form that is convenient for
+algebra, with one leading entry for each group of a convolution; and *weights*, the same numbers in the shapes of the
+small layers (`modules`). What a factor gets when the dense weight is known is decided here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_compress.low_rank import matrices
+from lightning_compress.low_rank.decompositions import cp_als, hooi
+
+MethodName = Literal["svd", "channel", "spatial", "tucker", "cp", "embedding", "gates"]
+Ranks = tuple[int, ...]
+Shape = tuple[int, ...]
+
+
+class Method(ABC):
+    """How one kind of weight becomes a product.
+
+    `shape` is that of the dense weight everywhere and `groups` the number of groups of its convolution (for ``gates``
+    the number of gates of a recurrent layer).
+    """
+
+    name: ClassVar[MethodName]
+    ranks: ClassVar[int] = 1
+    """How many ranks the method has."""
+    whitens: ClassVar[bool] = False
+    """Whether the covariance of its inputs can say what matters."""
+
+    @abstractmethod
+    def full(self, shape: Shape, groups: int) -> Ranks:
+        """The ranks at which the product can be any dense weight."""
+
+    @abstractmethod
+    def factorize(self, weight: Tensor, ranks: Ranks, groups: int, covariance: Tensor | None = None) -> list[Tensor]:
+        """The factors nearest to a dense weight, in fp32 or fp64.
+
+        Args:
+            weight: The dense weight.
+            ranks: One for each rank of the method, from 1 to `full`.
+            groups: Groups of the convolution.
+            covariance: Of the inputs of the first factor (G, n, n), if the method `whitens`.
+
+        Raises:
+            CompressionError: If the weight is not finite or the decomposition does not converge.
+        """
+
+    @abstractmethod
+    def merge(self, factors: Sequence[Tensor], shape: Shape, groups: int) -> Tensor:
+        """The dense weight; differentiable, and linear in each factor."""
+
+    @abstractmethod
+    def to_weights(self, factors: Sequence[Tensor], shape: Shape, groups: int) -> list[Tensor]:
+        """The factors in the shapes of the small layers, first layer first."""
+
+    @abstractmethod
+    def from_weights(self, weights: Sequence[Tensor], shape: Shape, groups: int) -> list[Tensor]:
+        """The inverse of `to_weights`."""
+
+    @abstractmethod
+    def refit(self, factors: Sequence[Tensor], weight: Tensor, groups: int) -> list[Tensor]:
+        """Other factors on the same basis that fit a dense weight best; only one of the tensors changes."""
+
+    @abstractmethod
+    def sizes(self, shape: Shape, ranks: Ranks, groups: int) -> list[int]:
+        """Elements of the weight of each small layer."""
+
+    @abstractmethod
+    def rank_dims(self) -> tuple[tuple[tuple[int, int], ...], ...]:
+        """For each rank the (factor, dimension) pairs that it counts."""
+
+    def pad(self, factors: Sequence[Tensor], ranks: Ranks) -> list[Tensor]:
+        """The same product with more directions, all of which are zero in every factor."""
+        padded = list(factors)
+        for rank, places in zip(ranks, self.rank_dims(), strict=True):
+            for factor, dim in places:
+                value = padded[factor]
+                missing = list(value.shape)
+                missing[dim] = rank - missing[dim]
+                padded[factor] = torch.cat([value, value.new_zeros(missing)], dim)
+        return padded
+
+    def values(self, weight: Tensor, groups: int, covariance: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Singular values (G, k) by which each rank is chosen, descending."""
+        matrices_ = self.unfoldings(weight, groups)
+        if covariance is not None and self.whitens:
+            root, _ = matrices.whitener(covariance)
+            matrices_ = (matrices.precise(matrices_[0]).double() @ root,)
+        return tuple(matrices.singular_values(matrix) for matrix in matrices_)
+
+    @abstractmethod
+    def unfoldings(self, weight: Tensor, groups: int) -> tuple[Tensor, ...]:
+        """The matrices (G, m, n) whose singular values say how each rank may be chosen."""
+
+
+class MatrixMethod(Method):
+    """A weight seen as a matrix M = B A; the first small layer is A, the second B."""
+
+    whitens = True
+
+    @abstractmethod
+    def view(self, weight: Tensor, groups: int) -> Tensor:
+        """The matrix (G, m, n)."""
+
+    @abstractmethod
+    def unview(self, matrix: Tensor, shape: Shape, groups: int) -> Tensor:
+        """The inverse of `view`."""
+
+    def full(self, shape: Shape, groups: int) -> Ranks:
+        """See `Method.full`."""
+        return (min(self.view(torch.empty(shape, device="meta"), groups).shape[1:]),)
+
+    def unfoldings(self, weight: Tensor, groups: int) -> tuple[Tensor, ...]:
+        """See `Method.unfoldings`."""
+        return (self.view(weight, groups),)
+
+    def factorize(self, weight: Tensor, ranks: Ranks, groups: int, covariance: Tensor | None = None) -> list[Tensor]:
+        """See `Method.factorize`; the truncated SVD is the best (Eckart and Young, 1936)."""
+        weight = matrices.precise(weight)
+        b, a = matrices.best_factors(self.view(weight, groups), ranks[0], covariance)
+        return [a.to(weight.dtype), b.to(weight.dtype)]
+
+    def merge(self, factors: Sequence[Tensor], shape: Shape, groups: int) -> Tensor:
+        """See `Method.merge`."""
+        return self.unview(factors[1] @ factors[0], shape, groups)
+
+    def refit(self, factors: Sequence[Tensor], weight: Tensor, groups: int) -> list[Tensor]:
+        """See `Method.refit`."""
+        a = matrices.precise(factors[0])
+        matrix = self.view(matrices.precise(weight), groups).to(a.dtype)
+        return [a, matrix @ torch.linalg.pinv(a)]
+
+    def sizes(self, shape: Shape, ranks: Ranks, groups: int) -> list[int]:
+        """See `Method.sizes`."""
+        g, m, n = self.view(torch.empty(shape, device="meta"), groups).shape
+        return [g * ranks[0] * n, g * m * ranks[0]]
+
+    def rank_dims(self) -> tuple[tuple[tuple[int, int], ...], ...]:
+        """See `Method.rank_dims`."""
+        return (((0, 1), (1, 2)),)
+
+
+class Svd(MatrixMethod):
+    """A linear layer (O, I): Linear(I, r) then Linear(r, O)."""
+
+    name = "svd"
+
+    def view(self, weight: Tensor, groups: int) -> Tensor:
+        """See `MatrixMethod.view`."""
+        return weight[None]
+
+    def unview(self, matrix: Tensor, shape: Shape, groups: int) -> Tensor:
+        """See `MatrixMethod.unview`."""
+        return matrix[0]
+
+    def to_weights(self, factors: Sequence[Tensor], shape: Shape, groups: int) -> list[Tensor]:
+        """See `Method.to_weights`."""
+        return [factors[0][0], factors[1][0]]
+
+    def from_weights(self, weights: Sequence[Tensor], shape: Shape, groups: int) -> list[Tensor]:
+        """See `Method.from_weights`."""
+        return [weights[0][None], weights[1][None]]
+
+
+class Gates(MatrixMethod):
+    """A weight (G H, I) of a recurrent layer with G gates: Linear(I, G r), then one (H, r) for each gate."""
+
+    name = "gates"
+
+    def view(self, weight: Tensor, groups: int) -> Tensor:
+        """See `MatrixMethod.view`."""
+        return weight.reshape(groups, -1, weight.shape[1])
+
+    def unview(self, matrix: Tensor, shape: Shape, groups: int) -> Tensor:
+        """See `MatrixMethod.unview`."""
+        return matrix.reshape(shape)
+
+    def to_weights(self, factors: Sequence[Tensor], shape: Shape, groups: int) -> list[Tensor]:
+        """See `Method.to_weights`."""
+        a, b = factors
+        return [a.reshape(-1, a.shape[2]), b.reshape(-1, b.shape[2], 1)]
+
+    def from_weights(self, weights: Sequence[Tensor], shape: Shape, groups: int) -> list[Tensor]:
+        """See `Method.from_weights`."""
+        first, second = weights
+        return [first.reshape(groups, -1, first.shape[1]), second.reshape(groups, -1, second.shape[1])]
+
+
+class Embedding(MatrixMethod):
+    """An embedding (N, D): Embedding(N, r), then Linear(r, D)."""
+
+    name = "embedding"
+    whitens = False
+
+    def view(self, weight: Tensor, groups: int) -> Tensor:
+        """See `MatrixMethod.view`."""
+        return weight.t()[None]
+
+    def unview(self, matrix: Tensor, shape: Shape, groups: int) -> Tensor:
+        """See `MatrixMethod.unview`."""
+        return matrix[0].t()
+
+    def to_weights(self, factors: Sequence[Tensor], shape: Shape, groups: int) -> list[Tensor]:
+        """See `Method.to_weights`."""
+        return [factors[0][0].t(), factors[1][0]]
+
+    def from_weights(self, weights: Sequence[Tensor], shape: Shape, groups: int) -> list[Tensor]:
+        """See `Method.from_weights`."""
+        return [weights[0].t()[None], weights[1][None]]
+
+
+class Channel(MatrixMethod):
+    """A convolution (O, I/G, *k): the same kernel to r channels, then 1 x 1 to O (Zhang et al., TPAMI 2016)."""
+
+    name = "channel"
+
+    def view(self, weight: Tensor, groups: int) -> Tensor:
+        """See `MatrixMethod.view`."""
+        return weight.reshape(groups, weight.shape[0] // groups, -1)
+
+    def unview(self, matrix: Tensor, shape: Shape, groups: int) -> Tensor:
+        """See `MatrixMethod.unview`."""
+        return matrix.reshape(shape)
+
+    def to_weights(self, factors: Sequence[Tensor], shape: Shape, groups: int) -> list[Tensor]:
+        """See `Method.to_weights`."""
+        a, b = factors
+        return [a.reshape(-1, *shape[1:]), b.reshape(shape[0], b.shape[2], *(1 for _ in shape[2:]))]
+
+    def from_weights(self, weights: Sequence[Tensor], shape: Shape, groups: int) -> list[Tensor]:
+        """See `Method.from_weights`."""
+        first, second = weights
+        return [
+            first.reshape(groups, first.shape[0] // groups, -1),
+            second.reshape(groups, shape[0] // groups, second.shape[1]),
+        ]
+
+
+class Spatial(MatrixMethod):
+    """A 2-D convolution (O, I/G, h, w): h x 1 to r channels, then 1 x w to O (Jaderberg et al., BMVC 2014)."""
+
+    name = "spatial"
+    whitens = False
+
+    def view(self, weight: Tensor, groups: int) -> Tensor:
+        """See `MatrixMethod.view`: rows are (output, column of the kernel), columns (input, row of the kernel)."""
+        o, i, h, w = weight.shape
+        grouped = weight.reshape(groups, o // groups, i, h, w)
+        return grouped.permute(0, 1, 4, 2, 3).reshape(groups, o // groups * w, i * h)
+
+    def unview(self, matrix: Tensor, shape: Shape, groups: int) -> Tensor:
+        """See `MatrixMethod.unview`."""
+        o, i, h, w = shape
+        return matrix.reshape(groups, o // groups, w, i, h).permute(0, 1, 3, 4, 2).reshape(shape)
+
+    def to_weights(self, factors: Sequence[Tensor], shape: Shape, groups: int) -> list[Tensor]:
+        """See `Method.to_weights`."""
+        (o, i, h, w), (a, b) = shape, factors
+        rank = a.shape[1]
+        second = b.reshape(groups, o // groups, w, rank).permute(0, 1, 3, 2)
+        return [a.reshape(groups * rank, i, h, 1), second.reshape(o, rank, 1, w)]
+
+    def from_weights(self, weights: Sequence[Tensor], shape: Shape, groups: int) -> list[Tensor]:
+        """See `Method.from_weights`."""
+        (o, i, h, w), (first, second) = shape, weights
+        rank = second.shape[1]
+        b = second.reshape(groups, o // groups, rank, w).permute(0, 1, 3, 2)
+        return [first.reshape(groups, rank, i * h), b.reshape(groups, o // groups * w, rank)]
+
+
+class Tucker(Method):
+    """A convolution (O, I/G, *k): 1 x 1 to r1, the kernel from r1 to r2, 1 x 1 to O (Kim et al., ICLR 2016).
+
+    Tucker-2 by higher-order orthogonal iteration. The factors are (G, r1, I/G), (G, r2, r1, K) and (G, O/G, r2), with
+    K all positions of the kernel.
+    """
+
+    name = "tucker"
+    ranks = 2
+
+    def full(self, shape: Shape, groups: int) -> Ranks:
+        """See `Method.full`."""
+        kernel, out = math.prod(shape[2:]), shape[0] // groups
+        return min(shape[1], out * kernel), min(out, shape[1] * kernel)
+
+    def unfoldings(self, weight: Tensor, groups: int) -> tuple[Tensor, ...]:
+        """See `Method.unfoldings`."""
+        cube = self._cube(weight, groups)
+        return cube.permute(0, 2, 1, 3).flatten(2), cube.flatten(2)
+
+    def factorize(self, weight: Tensor, ranks: Ranks, groups: int, covariance: Tensor | None = None) -> list[Tensor]:
+        """See `Method.factorize`."""
+        return hooi(self._cube(matrices.precise(weight), groups), *ranks)
+
+    def merge(self, factors: Sequence[Tensor], shape: Shape, groups: int) -> Tensor:
+        """See `Method.merge`."""
+        first, core, last = factors
+        return torch.einsum("gor,grsk,gsi->goik", last, core, first).reshape(shape)
+
+    def refit(self, factors: Sequence[Tensor], weight: Tensor, groups: int) -> list[Tensor]:
+        """See `Method.refit`."""
+        first, _, last = (matrices.precise(factor) for factor in factors)
+        cube = self._cube(matrices.precise(weight), groups).to(first.dtype)
+        left, right = torch.linalg.pinv(last), torch.linalg.pinv(first)
+        return [first, torch.einsum("gro,goik,gis->grsk", left, cube, right), last]
+
+    def sizes(self, shape: Shape, ranks: Ranks, groups: int) -> list[int]:
+        """See `Method.sizes`."""
+        (first, last), kernel = ranks, math.prod(shape[2:])
+        return [groups * first * shape[1], groups * last * first * kernel, shape[0] * last]
+
+    def rank_dims(self) -> tuple[tuple[tuple[int, int], ...], ...]:
+        """See `Method.rank_dims`."""
+        return ((0, 1), (1, 2)), ((1, 1), (2, 2))
+
+    def to_weights(self, factors: Sequence[Tensor], shape: Shape, groups: int) -> list[Tensor]:
+        """See `Method.to_weights`."""
+        first, core, last = factors
+        ones = [1 for _ in shape[2:]]
+        return [
+            first.reshape(-1, shape[1], *ones),
+            core.reshape(-1, core.shape[2], *shape[2:]),
+            last.reshape(shape[0], last.shape[2], *ones),
+        ]
+
+    def from_weights(self, weights: Sequence[Tensor], shape: Shape, groups: int) -> list[Tensor]:
+        """See `Method.from_weights`."""
+        first, core, last = weights
+        return [
+            first.reshape(groups, first.shape[0] // groups, shape[1]),
+            core.reshape(groups, core.shape[0] // groups, core.shape[1], -1),
+            last.reshape(groups, shape[0] // groups, last.shape[1]),
+        ]
+
+    def _cube(self, weight: Tensor, groups: int) -> Tensor:
+        return weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
+
+
+class Cp(Method):
+    """A 2-D convolution without groups: 1 x 1, h x 1 and 1 x w by channel, 1 x 1 (Lebedev et al., ICLR 2015).
+
+    By alternating least squares. Offered, not advised: trained convolutions need large ranks, and the result is hard
+    to train on. The factors are (r, I), (r, h), (r, w) and (O, r).
+    """
+
+    name = "cp"
+
+    def full(self, shape: Shape, groups: int) -> Ranks:
+        """See `Method.full`: a bound; the smallest rank that suffices cannot be computed."""
+        return (math.prod(shape) // max(shape),)
+
+    def unfoldings(self, weight: Tensor, groups: int) -> tuple[Tensor, ...]:
+        """See `Method.unfoldings`."""
+        return (weight.flatten(1)[None],)
+
+    def factorize(self, weight: Tensor, ranks: Ranks, groups: int, covariance: Tensor | None = None) -> list[Tensor]:
+        """See `Method.factorize`."""
+        weight = matrices.precise(weight)
+        matrices.check_finite(weight)
+        o, i, h, w = cp_als(weight, ranks[0])
+        return [i.t(), h.t(), w.t(), o]
+
+    def merge(self, factors: Sequence[Tensor], shape: Shape, groups: int) -> Tensor:
+        """See `Method.merge`."""
+        i, h, w, o = factors
+        return torch.einsum("or,ri,rh,rw->oihw", o, i, h, w)
+
+    def refit(self, factors: Sequence[Tensor], weight: Tensor, groups: int) -> list[Tensor]:
+        """See `Method.refit`."""
+        i, h, w, _ = (matrices.precise(factor) for factor in factors)
+        basis = torch.einsum("ri,rh,rw->rihw", i, h, w).flatten(1)
+        return [i, h, w, matrices.precise(weight).to(i.dtype).flatten(1) @ torch.linalg.pinv(basis)]
+
+    def sizes(self, shape: Shape, ranks: Ranks, groups: int) -> list[int]:
+        """See `Method.sizes`."""
+        o, i, h, w = shape
+        return [ranks[0] * size for size in (i, h, w, o)]
+
+    def rank_dims(self) -> tuple[tuple[tuple[int, int], ...], ...]:
+        """See `Method.rank_dims`."""
+        return (((0, 0), (1, 0), (2, 0), (3, 1)),)
+
+    def to_weights(self, factors: Sequence[Tensor], shape: Shape, groups: int) -> list[Tensor]:
+        """See `Method.to_weights`."""
+        i, h, w, o = factors
+        return [i[:, :, None, None], h[:, None, :, None], w[:, None, None, :], o[:, :, None, None]]
+
+    def from_weights(self, weights: Sequence[Tensor], shape: Shape, groups: int) -> list[Tensor]:
+        """See `Method.from_weights`."""
+        i, h, w, o = weights
+        return [i[:, :, 0, 0], h[:, 0, :, 0], w[:, 0, 0, :], o[:, :, 0, 0]]
+
+
+METHODS: dict[str, Method] = {
+    method.name: method for method in (Svd(), Channel(), Spatial(), Tucker(), Cp(), Embedding(), Gates())
+}
