@@ -180,22 +180,20 @@ class QuantizationAwareTraining(CompressionCallback):
             first = not run.is_changed
             off = {n: q for n, q in self._quantizers(run).items() if not q.enabled}
             left_out = self._prepare(run, off)
+            idle = self._idle(left_out)
             slots = {
                 layer: [s for s in own if f"{layer}.{s}" in off and f"{layer}.{s}" not in left_out]
                 for layer, own in self._slots.items()
-            }
-            signed = {
-                layer: {s: bool(off[f"{layer}.{s}"].signed) for s in own if off[f"{layer}.{s}"].signed is not None}
-                for layer, own in slots.items()
+                if layer not in idle
             }
             slots = {layer: own for layer, own in slots.items() if own}
             if slots:
-                run.edit(self.name, [attachment.enable_edit(slots, {n: s for n, s in signed.items() if s})])
+                run.edit(self.name, [attachment.enable_edit(slots, _signs(slots, off))])
                 self._copy_into_averages(run, off)
             kept = interplay.reset_monitors(run.trainer, first) if self.reset_monitors and slots else []
             notes = [f"the best file before quantization stays: {path}" for path in kept]
-            if left_out:
-                notes.append(f"never ran in training, so not quantized: {', '.join(sorted(left_out))}")
+            if idle:
+                notes.append(f"never ran in training, so not quantized: {', '.join(idle)}")
             record = self._record(run, step, slots, notes, seconds())
         run.emit(record)
 
@@ -262,6 +260,11 @@ class QuantizationAwareTraining(CompressionCallback):
                 self._initialize(run, quantizer, None)
         return left_out
 
+    def _idle(self, left_out: set[str]) -> list[str]:
+        """Layers none of whose inputs were ever seen (self-attention never uses those for keys and values)."""
+        inputs = {layer: [f"{layer}.{s}" for s in own if "weight" not in s] for layer, own in self._slots.items()}
+        return sorted(layer for layer, own in inputs.items() if own and left_out.issuperset(own))
+
     def _watch_one_batch(self, run: Coordinator, watched: Mapping[str, Quantizer]) -> None:
         if not run.pl_module.automatic_optimization:
             raise CompressionError(
@@ -322,6 +325,15 @@ class QuantizationAwareTraining(CompressionCallback):
         super().load_state_dict(state_dict)
         self._points = dict(state_dict.get("points", {}))
         self._restored = dict(state_dict.get("observers", {}))
+
+
+def _signs(slots: Mapping[str, Sequence[str]], quantizers: Mapping[str, Quantizer]) -> dict[str, dict[str, bool]]:
+    """Whether symmetric integers got a sign, as far as that is known."""
+    found = {
+        layer: {s: signed for s in own if (signed := quantizers[f"{layer}.{s}"].signed) is not None}
+        for layer, own in slots.items()
+    }
+    return {layer: own for layer, own in found.items() if own}
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:

@@ -241,37 +241,22 @@ def _nested_forward(
     return torch.nested.as_nested_tensor(parts), weights
 
 
-def without_nested_tensors(root: nn.Module) -> Callable[[], None]:
-    """Let every `torch.nn.TransformerEncoder` work on padded batches in evaluation, as it does in training.
+def encoders_with_nested_tensors(root: nn.Module) -> list[nn.TransformerEncoder]:
+    """Encoders that hand nested tensors to their layers for padded batches in evaluation (``use_nested_tensor``).
 
-    Its outputs at padded positions are then what the layers compute there, as in training, instead of zeros.
+    What reduces over an input cannot do so with a nested one. With the attribute set to ``False`` outputs at padded
+    positions are what the layers compute there, as in training, instead of zeros.
 
     Args:
         root: The model.
 
-    Returns:
-        A function that puts everything back as it was.
-
     Example:
         >>> import torch
         >>> layer = torch.nn.TransformerEncoderLayer(8, 2, batch_first=True)
-        >>> encoder = torch.nn.TransformerEncoder(layer, 1)
-        >>> undo = without_nested_tensors(encoder); encoder.use_nested_tensor
-        False
-        >>> undo(); encoder.use_nested_tensor
-        True
+        >>> len(encoders_with_nested_tensors(torch.nn.TransformerEncoder(layer, 1)))
+        1
     """
-    changed = [
-        m for m in root.modules() if isinstance(m, nn.TransformerEncoder) and m.__dict__.get("use_nested_tensor")
-    ]
-    for encoder in changed:
-        encoder.use_nested_tensor = False
-
-    def undo() -> None:
-        for encoder in changed:
-            encoder.use_nested_tensor = True
-
-    return undo
+    return [m for m in root.modules() if isinstance(m, nn.TransformerEncoder) and m.__dict__.get("use_nested_tensor")]
 
 
 def owner_of(root: nn.Module, projection: nn.Module) -> nn.MultiheadAttention | None:

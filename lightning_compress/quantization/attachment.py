@@ -21,6 +21,7 @@ from lightning_compress.surgery import Edit, Journal, Swap
 from lightning_compress.targets import clean_name, get_submodule_clean, named_modules_clean
 
 TRANSFORM = "fq"
+_NESTED = "_lc_nested"  # on an encoder whose nested tensors were switched off
 ATTACH, ENABLE = "quantization.attach", "quantization.enable"
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 KINDS: tuple[type[nn.Module], ...] = (
@@ -132,6 +133,8 @@ def detach(model: nn.Module) -> nn.Module:
     for module in list(model.modules()):
         for slot in list(layers.slots_of(module)):
             layers.remove_transform(module, TRANSFORM, slot)
+        if module.__dict__.pop(_NESTED, False):
+            module.use_nested_tensor = True
     manifest.forget(model, (ATTACH, ENABLE))
     return model
 
@@ -179,6 +182,9 @@ def _apply_attach(root: nn.Module, edit: Edit, journal: Journal) -> list[Swap]:
                 raise CompressionError(f"{name}.{slot} is quantized already; give it to one technique only")
             _put(module, name, slot, QuantSpec.from_dict(data), slot in allowed.weights, made, journal)
     _check_projections(root, edit["layers"])
+    for encoder in attention.encoders_with_nested_tensors(root):
+        journal.set_attribute(encoder, "use_nested_tensor", False)
+        journal.set_attribute(encoder, _NESTED, True)
     return []
 
 

@@ -87,7 +87,7 @@ class QuantSpec:
                 f"granularity={self.granularity!r} with dynamic={self.dynamic}: ranges per token or sample are taken "
                 "from the tensor itself (dynamic=True), all others are not"
             )
-        if self.dynamic and self.method != "range":
+        if self.dynamic and self.method not in ("range", "alternating"):
             raise ValueError(f"dynamic ranges leave nothing to learn; got method={self.method!r}")
         if self.bits == 1 and self.method == "range" and self.signed is not False and self.symmetric:
             raise ValueError("signed integers of 1 bit have only the codes -1 and 0; use method='binary'")
@@ -211,7 +211,8 @@ def _named(name: str, of: Of) -> QuantSpec:
     if kind == "po2_":
         return replace(base, bits=bits, symmetric=True, power_of_two=True)
     if kind == "alternating":
-        return QuantSpec(bits=bits, method="alternating", granularity="channel" if of == "weights" else "tensor")
+        codes = QuantSpec(bits=bits, method="alternating", granularity="channel")
+        return codes if of == "weights" else replace(codes, granularity="token", dynamic=True)
     learned: Any = kind
     # The lowest code of few bits is worth too much to be left out; LSQ's own levels have it.
     narrow = base.narrow and bits == 8

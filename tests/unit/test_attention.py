@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from lightning_compress.attention import (
     TransformedMultiheadAttention,
     TransformedOutProjection,
+    encoders_with_nested_tensors,
     owner_of,
     weight_slots,
-    without_nested_tensors,
 )
 from lightning_compress.errors import CompressionError
 from lightning_compress.layers import add_transform, remove_transform
@@ -251,7 +251,8 @@ def test_an_encoder_in_evaluation_computes_with_the_transforms(padded: bool, nes
         new = copy.deepcopy(model)
         swap_attention(new, transform)
         if not nested:
-            without_nested_tensors(new)
+            for found in encoders_with_nested_tensors(new):
+                found.use_nested_tensor = False
         with_nested = new(x, src_key_padding_mask=mask)
         torch.testing.assert_close(with_nested[kept], wanted[kept], rtol=1e-6, atol=1e-6)
         if nested:
@@ -284,11 +285,11 @@ def test_an_encoder_without_nested_tensors_is_what_it_is_in_training() -> None:
     mask = torch.arange(L) >= torch.tensor([[L], [3], [4]])
     x = torch.randn(N, L, E, dtype=torch.float64)
     nested = model(x, src_key_padding_mask=mask)
-    undo = without_nested_tensors(model)
+    (found,) = encoders_with_nested_tensors(model)
+    found.use_nested_tensor = False
     padded = model(x, src_key_padding_mask=mask)
     torch.testing.assert_close(padded, model.train()(x, src_key_padding_mask=mask))
-    undo()
-    assert model.use_nested_tensor
+    found.use_nested_tensor = True
     assert torch.equal(model.eval()(x, src_key_padding_mask=mask), nested)
 
 
