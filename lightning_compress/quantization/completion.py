@@ -4,17 +4,21 @@ Three reasons, all measured. ONNX Runtime runs a convolution or linear layer as 
 too, and gets slower than floating point otherwise. Convolution and addition become one integer operator only if both
 operands are 8-bit. And inductor (with freezing) lowers `x + linear_int8(x)` to an operator that adds *into* `x`, a
 caller's tensor or a constant included, unless the sum reads a dequantized tensor.
+
+Sums behind linear layers get one 8-bit operand, the layer's output, which is enough for all that: the residual stream
+of a transformer has outliers, and 8 bits for it cost more accuracy than all else together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, fx
 
 from lightning_compress.quantization.constants import Constants
-from lightning_compress.quantization.folding import CONVOLUTIONS, LAYERS
+from lightning_compress.quantization.flattening import COPYING
+from lightning_compress.quantization.folding import LAYERS
 from lightning_compress.quantization.qdq import (
     DEQUANTIZE,
     Grid,
@@ -26,149 +30,141 @@ from lightning_compress.quantization.qdq import (
 )
 
 _aten = torch.ops.aten
-_CLIPPED = (_aten.relu.default, _aten.hardtanh.default, _aten.clamp.default, _aten.relu6.default)
-# These copy values, so what they give lies on the grid of what they read.
-COPYING = (
-    _aten.view.default, _aten.reshape.default, _aten.flatten.using_ints, _aten.transpose.int, _aten.permute.default,
-    _aten.squeeze.dim, _aten.squeeze.dims, _aten.squeeze.default, _aten.unsqueeze.default, _aten.expand.default,
-    _aten.clone.default, _aten.slice.Tensor, _aten.select.int, _aten.max_pool1d.default, _aten.max_pool2d.default,
-    _aten.max_pool3d.default, _aten.t.default, _aten.contiguous.default, _aten.dropout.default, _aten.alias.default,
-    _aten.channel_shuffle.default, _aten.pixel_shuffle.default, _aten.unfold.default, _aten.detach.default,
-)  # fmt: skip
+_CLIPPING = (_aten.relu.default, _aten.hardtanh.default, _aten.clamp.default, _aten.relu6.default)
 
 
-def points(module: fx.GraphModule, quantized: Callable[[fx.Node], bool]) -> list[fx.Node]:
-    """Tensors that should be 8-bit and are not yet.
+def points(module: fx.GraphModule, is_integer: Callable[[fx.Node], bool]) -> list[fx.Node]:
+    """Tensors that should be 8-bit for the sake of runtimes.
 
     Args:
         module: A functional graph with quantized layers.
-        quantized: Whether an operator is a layer that runs as integers.
+        is_integer: Whether an operator is a layer that runs as integers.
 
     Returns:
-        In the order of the graph: outputs of quantized layers, after a fused activation, unless the model returns
-        them; and operands and results of sums in which a quantized convolution takes part.
+        In the order of the graph: outputs of integer layers, after a fused activation, unless the model returns them;
+        operands and results of sums in which an integer convolution takes part.
     """
     constants = Constants(module)
-    found: dict[fx.Node, None] = {}
+    found: set[fx.Node] = set()
     for node in module.graph.nodes:
         if node.op != "call_function":
             continue
-        if node.target in LAYERS and quantized(node):
-            found[_with_activation(node)] = None
-        elif node.target is _aten.add.Tensor and _is_residual(node, quantized, constants):
-            operands = [operand for operand in node.args[:2] if isinstance(operand, fx.Node)]
-            for operand in operands:
-                found[operand] = None
-            found[_with_activation(node)] = None
-    return [node for node in module.graph.nodes if node in found and _has_to_be(node)]
+        if node.target in LAYERS and is_integer(node):
+            found.add(_with_activation(node))
+        elif node.target is _aten.add.Tensor and _joins_convolution(node, is_integer, constants):
+            found.update(operand for operand in node.args[:2] if isinstance(operand, fx.Node))
+            found.add(_with_activation(node))
+    return [node for node in module.graph.nodes if node in found and not is_dequantize(node) and _is_used(node)]
 
 
 def _with_activation(node: fx.Node) -> fx.Node:
     """The node, or the clipping activation that alone reads it: runtimes fuse both."""
     readers = list(node.users)
-    return readers[0] if len(readers) == 1 and readers[0].target in _CLIPPED else node
+    return readers[0] if len(readers) == 1 and readers[0].target in _CLIPPING else node
 
 
-def _has_to_be(node: fx.Node) -> bool:
-    if is_dequantize(node) or not node.users:
-        return False
-    value = node.meta.get("val")
-    if isinstance(value, Tensor) and value.dtype != torch.float32:
-        return False
-    return not all(user.op == "output" for user in node.users)
+def _is_used(node: fx.Node) -> bool:
+    """Whether a tensor goes somewhere else than out of the model, where it should be as precise as it is."""
+    return any(user.op != "output" and (user.target not in COPYING or _is_used(user)) for user in node.users)
 
 
-def _is_residual(node: fx.Node, quantized: Callable[[fx.Node], bool], constants: Constants) -> bool:
-    """Whether a sum has the output of a quantized convolution or linear layer as an operand, and is not a bias."""
-    operands = node.args[:2]
-    if not all(isinstance(operand, fx.Node) for operand in operands) or node.kwargs.get("alpha", 1) != 1:
+def _joins_convolution(node: fx.Node, is_integer: Callable[[fx.Node], bool], constants: Constants) -> bool:
+    """Whether a sum has the output of an integer convolution as an operand, and no bias as the other."""
+    operands = [operand for operand in node.args[:2] if isinstance(operand, fx.Node)]
+    if len(operands) < 2 or node.kwargs.get("alpha", 1) != 1:
         return False
     for operand in operands:
-        assert isinstance(operand, fx.Node)
         value = operand.meta.get("val")
         if not isinstance(value, Tensor) or value.dtype != torch.float32:
             return False
         if constants.is_constant(operand) and sum(size != 1 for size in value.shape) <= 1:
             return False  # 8 bits would be too few for it
-    return any(_comes_from_layer(operand, quantized) for operand in operands)
+    makers = [_maker(operand) for operand in operands]
+    return any(m is not None and m.target is not _aten.linear.default and is_integer(m) for m in makers)
 
 
-def _comes_from_layer(node: fx.Node | object, quantized: Callable[[fx.Node], bool]) -> bool:
-    while isinstance(node, fx.Node) and node.op == "call_function":
+def _maker(node: fx.Node) -> fx.Node | None:
+    """The layer whose output a tensor is, possibly clipped, quantized and rearranged."""
+    while node.op == "call_function":
         if node.target in LAYERS:
-            return quantized(node)
-        if not (node.target in COPYING or node.target in _CLIPPED or is_dequantize(node) or is_quantize(node)):
-            return False
+            return node
+        if not (node.target in (*COPYING, *_CLIPPING) or is_dequantize(node) or is_quantize(node)):
+            return None
         node = node.all_input_nodes[0]
-    return False
+    return None
 
 
-def complete(module: fx.GraphModule, grids: Mapping[fx.Node, Grid], unless: Iterable[fx.Node] = ()) -> int:
+def complete(module: fx.GraphModule, grids: Mapping[fx.Node, Grid]) -> int:
     """Make tensors 8-bit: one quantize and dequantize pair for each, which all readers share.
 
-    A tensor that has been quantized for some of its readers keeps that grid, and the others join it.
+    A tensor that has been quantized for some of its readers keeps that grid, and the others join it, unless it has
+    fewer than 256 codes: these were trained for those readers only.
 
     Args:
         module: The graph; edited.
         grids: Tensor to grid.
-        unless: Nodes that go on reading floating point.
 
     Returns:
         How many pairs were added.
     """
     constants = Constants(module)
-    kept = frozenset(unless)
     added = 0
     for node in [n for n in module.graph.nodes if n in grids]:
-        pairs = [user for user in node.users if is_quantize(user)]
+        pairs = [user for user in node.users if is_quantize(user) and not is_coarser_inside(user)]
+        spared = {user for user in node.users if is_coarser_inside(user)}
         if pairs:
-            _join(node, pairs, kept)
+            _join(node, pairs, spared)
+            continue
+        if not any(user not in spared and user.op != "output" for user in node.users):
             continue
         added += 1
         if constants.is_constant(node):
             dequantized = _constant_pair(module, node, constants.value(node), grids[node])
-            spared: tuple[fx.Node, ...] = ()
         else:
             first, dequantized = quantize_after(node, grids[node])
-            spared = (first,)
-        _redirect(node, dequantized, kept, spared)
+            spared.add(first)
+        _redirect(node, dequantized, spared)
     return added
 
 
-def _redirect(node: fx.Node, to: fx.Node, kept: frozenset[fx.Node], spared: tuple[fx.Node, ...]) -> None:
-    """Let all readers read the dequantized tensor; what the model returns stays as precise as it is."""
+def is_coarser_inside(node: fx.Node) -> bool:
+    """Whether a node is the beginning of a quantization to fewer than 256 codes (see `qdq.quantize_after`)."""
+    if not (is_quantize(node) or node.target is _aten.clamp.default):
+        return False
+    while len(node.users) == 1:
+        (node,) = node.users
+        if is_quantize(node):
+            return True
+        if node.target not in (DEQUANTIZE, _aten.clamp.default):
+            return False
+    return False
 
-    def moves(user: fx.Node) -> bool:
-        return user not in spared and user not in kept and user.op != "output" and not is_quantize(user)
 
-    node.replace_all_uses_with(to, delete_user_cb=moves)
+def _redirect(node: fx.Node, to: fx.Node, spared: set[fx.Node]) -> None:
+    """Let readers read the dequantized tensor; what the model returns stays as precise as it is."""
+    node.replace_all_uses_with(
+        to, delete_user_cb=lambda user: user not in spared and user.op != "output" and not is_quantize(user)
+    )
 
 
-def _join(node: fx.Node, pairs: list[fx.Node], kept: frozenset[fx.Node]) -> None:
+def _join(node: fx.Node, pairs: list[fx.Node], spared: set[fx.Node]) -> None:
     first = pairs[0]
-    node.append(first)  # right behind the tensor, before all of its readers
     readings = [user for user in first.users if user.target is DEQUANTIZE]
-    dequantized = readings[0]
-    first.append(dequantized)
-    for other in readings[1:]:
-        other.replace_all_uses_with(dequantized)
-    for pair in pairs[1:]:
+    node.append(first)  # right behind the tensor, before all of its readers
+    first.append(readings[0])
+    for pair in pairs:
         if grid_of(pair) == grid_of(first):
             for reading in list(pair.users):
-                reading.replace_all_uses_with(dequantized)
-    _redirect(node, dequantized, kept, tuple(pairs))
+                if reading is not readings[0]:
+                    reading.replace_all_uses_with(readings[0])
+    _redirect(node, readings[0], spared)
 
 
 def _constant_pair(module: fx.GraphModule, node: fx.Node, value: Tensor, grid: Grid) -> fx.Node:
     codes = torch.clamp(torch.round(value / grid.scale) + grid.zero_point, 0, 255).to(torch.uint8)
     with module.graph.inserting_after(node):
-        stored = constant(module, f"constant_{node.name}_uint8", codes)
+        stored = constant(module, Constants(module).source(node), "uint8", codes)
     with module.graph.inserting_after(stored):
         reading = module.graph.call_function(DEQUANTIZE, (stored, grid.scale, grid.zero_point, 0, 255, torch.uint8))
     reading.meta["val"] = node.meta.get("val", value)
     return reading
-
-
-def is_convolution(node: fx.Node) -> bool:
-    """Whether a node is a convolution (not transposed)."""
-    return node.target in CONVOLUTIONS

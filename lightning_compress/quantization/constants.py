@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
+
+from lightning_compress.quantization.qdq import origin_of
 
 _RANDOM = (torch.Tag.nondeterministic_seeded,)
 
@@ -22,6 +25,8 @@ class Constants:
         self._module = module
         self._known: dict[fx.Node, bool] = {}
         self._values: dict[fx.Node, Any] = {}
+        for node in module.graph.nodes:  # in order, so that no node waits for a long chain of others
+            self.is_constant(node)
 
     def is_constant(self, node: Any) -> bool:
         """Whether the value is known."""
@@ -39,8 +44,20 @@ class Constants:
         tags = getattr(node.target, "tags", ())
         return not any(tag in tags for tag in _RANDOM) and all(self.is_constant(n) for n in node.all_input_nodes)
 
-    def value(self, node: fx.Node) -> Any:
-        """The value of a constant node."""
+    def value(self, node: fx.Node, instead: Mapping[fx.Node, Any] | None = None) -> Any:
+        """The value of a constant node.
+
+        Args:
+            node: The node.
+            instead: Values to compute with in place of those of some nodes.
+        """
+        if instead is not None:
+            if node in instead:
+                return instead[node]
+            if node.op == "call_function":
+                args, kwargs = map_arg((node.args, node.kwargs), lambda n: self.value(n, instead))
+                assert callable(node.target)
+                return node.target(*args, **kwargs)
         if node not in self._values:
             if node.op == "get_attr":
                 found: Any = self._module
@@ -55,7 +72,7 @@ class Constants:
         return self._values[node]
 
     def source(self, node: fx.Node) -> str:
-        """The name of the first parameter that a constant node depends on."""
+        """The name of the first parameter of the model that a constant node was made of."""
         while node.op != "get_attr":
             node = node.all_input_nodes[0]
-        return str(node.target)
+        return origin_of(self._module, str(node.target))

@@ -92,7 +92,7 @@ def fold_batch_norms(module: fx.GraphModule) -> dict[str, str]:
         module: A functional graph in evaluation mode; edited.
 
     Returns:
-        The names of the folded normalizations' weights or running means, to those of the layers' weights.
+        Names of the folded normalizations, to the names of the layers that took them.
     """
     folded: dict[str, str] = {}
     for node in list(module.graph.nodes):
@@ -102,8 +102,8 @@ def fold_batch_norms(module: fx.GraphModule) -> dict[str, str]:
         layer = layer_of(node.args[0], constants)
         if layer is None or not _is_foldable(node, layer, constants):
             continue
-        norm = constants.source(node.args[3])
-        folded[norm.rpartition(".")[0]] = constants.source(layer.weight)
+        norm, taker = (constants.source(n).rpartition(".")[0] for n in (node.args[3], layer.weight))
+        folded[norm] = taker
         _fold(module, node, layer, constants)
     module.graph.eliminate_dead_code()
     return folded
@@ -145,7 +145,7 @@ def _fold(module: fx.GraphModule, node: fx.Node, layer: Layer, constants: Consta
     name = constants.source(layer.weight)
     with module.graph.inserting_before(layer.node):
         weight = _scaled(module, layer, factor, constants, name)
-        shift = constant(module, name.removesuffix("weight") + "bias_folded", bias.float())
+        shift = constant(module, name, "folded_bias", bias.float())
         fused = with_operands(layer, layer.input, weight, shift)
     readers = [node] if node.target is _aten.batch_norm.default else [u for u in node.users if u.args[1] == 0]
     for reader in readers:
@@ -156,7 +156,7 @@ def _scaled(module: fx.GraphModule, layer: Layer, factor: Tensor, constants: Con
     """The weight times a factor for each output channel."""
     if layer.weight.target is not DEQUANTIZE_CHANNELS:
         weight = constants.value(layer.weight)
-        return constant(module, f"{name}_folded", (weight.double() * _along(factor, layer, weight)).float())
+        return constant(module, name, "folded", (weight.double() * _along(factor, layer, weight)).float())
     codes, scale = (constants.value(n) for n in layer.weight.args[:2])  # type: ignore[arg-type]
     axis = layer.axis
     assert axis is not None

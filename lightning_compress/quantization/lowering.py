@@ -10,19 +10,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx, nn
 
 from lightning_compress.errors import CompressionError
 from lightning_compress.probe import ExampleCall
-from lightning_compress.quantization.completion import COPYING, complete, points
+from lightning_compress.quantization.completion import complete, points
+from lightning_compress.quantization.flattening import COPYING, grid_before
 from lightning_compress.quantization.folding import fold_batch_norms
-from lightning_compress.quantization.post_training_graph import Plan, quantize_weights
-from lightning_compress.quantization.qdq import Grid, grid_of, is_dequantize
+from lightning_compress.quantization.marks import resolve_marks
+from lightning_compress.quantization.qdq import DEQUANTIZE, Grid, grid_of, is_quantize
 from lightning_compress.quantization.ranges import observe
 from lightning_compress.quantization.tracing import Traced, trace
+from lightning_compress.quantization.weights import LayerRewriter, Plan
 
 
 @dataclass(frozen=True)
@@ -50,23 +52,31 @@ def lower(
     example: ExampleCall,
     calibration: Iterable[ExampleCall] | None = None,
     dynamic_batch: bool = True,
+    *,
+    activations: Literal["static", "dynamic"] = "static",
     percentile: float = 100.0,
     completed: bool = True,
 ) -> Lowered:
     """Make the integer graph of a model.
 
     Args:
-        model: A model with quantizers, or a plain one; it is left as it is. It may be on any device and in any
-            floating-point type; the graph is for the CPU, in float32 where it is not integer.
+        model: A model with quantizers that are enabled, or a plain one; it is left as it is. It may be on any device
+            and in any floating-point type; the graph is for the CPU, in float32 where it is not integer.
         example: The call to lower.
         calibration: Calls with real inputs, for the ranges of activations that no quantizer knows. Needed for a model
-            without quantizers; otherwise the example call is taken if there are none.
-        dynamic_batch: Let the graph take any batch size.
-        percentile: Share of an activation's values inside its range, in (50, 100]; 100 takes minimum and maximum.
-        completed: Quantize also what lies between the layers, where runtimes need it (see `completion`).
+            without quantizers (unless `activations` are dynamic); otherwise the example call is taken if it is `None`.
+        dynamic_batch: Let the graph take any batch size. The batch is dimension 0 of the first tensor and of every
+            other tensor with the same size there.
+        activations: Of a model without quantizers: ``"static"`` ranges from calibration, for convolutions and linear
+            layers, or ``"dynamic"`` ranges of each token in each call, for linear layers.
+        percentile: Share of an activation's values inside its calibrated range, in (50, 100]; 100 takes minimum and
+            maximum.
+        completed: Quantize also what lies between the layers, where runtimes need it (see `completion`). Without it
+            the graph computes exactly what was trained, but ONNX Runtime runs it slowly and inductor may corrupt
+            inputs; it is meant for comparison.
 
     Raises:
-        ValueError: If `percentile` is out of range.
+        ValueError: If `percentile` or `activations` is out of range.
         CompressionError: If the model cannot be traced, has nothing to quantize, or calibration is missing or fails.
 
     Example:
@@ -74,42 +84,52 @@ def lower(
         >>> call = ExampleCall("", (torch.randn(8, 1, 4, 4),))
         >>> lowered = lower(net, call, calibration=[call])
         >>> lowered.report["folded"], sorted(lowered.report["layers"])
-        ({'1': '0.weight'}, ['0', '4'])
+        ({'1': '0'}, ['0', '4'])
         >>> lowered.module()(torch.randn(3, 1, 4, 4)).shape
         torch.Size([3, 2])
     """
     if not 50 < percentile <= 100:
         raise ValueError(f"percentile lies in (50, 100]; got {percentile!r}")
+    if activations not in ("static", "dynamic"):
+        raise ValueError(f"activations is 'static' or 'dynamic'; got {activations!r}")
     traced = trace(model, example, dynamic_batch)
+    untrained = not traced.quantizers
+    if untrained and calibration is None and activations == "static":
+        raise CompressionError(
+            f"{type(model).__name__} has no enabled quantizers, so the ranges of its activations are unknown: pass a "
+            "few calls with real inputs as `calibration`, or `activations='dynamic'`"
+        )
+    dynamic, reasons = resolve_marks(traced)
     folded = fold_batch_norms(traced.module)
-    plan = quantize_weights(traced.module)
+    rewriter = LayerRewriter(traced.module, dynamic, reasons, untrained, untrained and activations == "dynamic")
+    plan = rewriter.run()
     if not plan.layers:
         raise CompressionError(
-            f"{type(model).__name__} has no convolution or linear layer with a constant weight in what the example "
-            "call runs, so there is nothing to quantize; give an example call that reaches them"
+            f"{type(model).__name__} has no layer with an integer weight in what the example call runs"
+            f"{_why(plan.left)}, so there is nothing to lower; use the model as it is"
         )
-    if calibration is None:
-        raise CompressionError(
-            "a model without quantizers needs calibration calls: pass a few batches of real inputs as `calibration`, "
-            "for the ranges of its activations"
-        )
-    pairs = _quantize_activations(traced, plan, calibration, percentile, completed)
-    report = {"layers": plan.layers, "folded": folded, "float": plan.left, "pairs": pairs}
-    return Lowered(traced.program(), report)
+    calls = [example] if calibration is None else calibration
+    pairs = _quantize_activations(traced, plan, calls, percentile, completed)
+    return Lowered(traced.program(), {"layers": plan.layers, "folded": folded, "float": plan.left, "pairs": pairs})
+
+
+def _why(left: dict[str, str]) -> str:
+    return "".join(f" ({name}: {reason})" for name, reason in list(left.items())[:1])
 
 
 def _quantize_activations(
     traced: Traced, plan: Plan, calibration: Iterable[ExampleCall], percentile: float, completed: bool
 ) -> int:
-    """Insert the pairs; returns how many."""
+    """Insert the pairs that are missing; returns how many."""
     wanted = dict.fromkeys(plan.inputs)
     if completed:
-        wanted |= dict.fromkeys(points(traced.module, lambda node: node in plan.nodes))
+        wanted |= dict.fromkeys(points(traced.module, plan.nodes.__contains__))
+    if not wanted:
+        return 0
     ranges = observe(traced, wanted.keys(), calibration, percentile)
     grids: dict[fx.Node, Grid] = {}
     for node in (n for n in traced.module.graph.nodes if n in ranges):
-        inherited = _inherited(node, grids)
-        grids[node] = Grid.of_range(*ranges[node]) if inherited is None else inherited
+        grids[node] = _inherited(node, grids) or _trained_behind(node) or Grid.of_range(*ranges[node])
     return complete(traced.module, grids)
 
 
@@ -119,6 +139,18 @@ def _inherited(node: fx.Node, grids: dict[fx.Node, Grid]) -> Grid | None:
         node = node.all_input_nodes[0]
         if node in grids:
             return grids[node]
-        if is_dequantize(node) and node.args and isinstance(node.args[1], float):
-            return grid_of(node)
+        if node.target is DEQUANTIZE:
+            return grid_before(node)
     return None
+
+
+def _trained_behind(node: fx.Node) -> Grid | None:
+    """The grid that a tensor was trained to have after it is rearranged."""
+    todo, found = list(node.users), set[Grid]()
+    while todo:
+        reader = todo.pop()
+        if is_quantize(reader):
+            found.add(grid_of(reader))
+        elif reader.target in COPYING:
+            todo += reader.users
+    return found.pop() if len(found) == 1 else None

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 QUANTIZE = torch.ops.quantized_decomposed.quantize_per_tensor.default
 DEQUANTIZE = torch.ops.quantized_decomposed.dequantize_per_tensor.default
+_ORIGINS = "lightning_compress.origins"
 DEQUANTIZE_CHANNELS = torch.ops.quantized_decomposed.dequantize_per_channel.default
 
 
@@ -48,6 +49,19 @@ class Grid(NamedTuple):
         """Whether all 256 codes are used."""
         return (self.low, self.high) == (0, 255)
 
+    def refined(self) -> Grid:
+        """A grid of 256 codes that contains this one, and from which rounding gives the same codes.
+
+        With an odd number of steps in one of this grid's, the borders between its codes are borders there too.
+
+        Example:
+            >>> Grid(0.75, zero_point=0, low=0, high=3).refined()
+            Grid(scale=0.008823529411764706, zero_point=0, low=0, high=255)
+        """
+        ratio = 255 // (self.high - self.low)
+        ratio -= 1 - ratio % 2
+        return Grid(self.scale / ratio, (self.zero_point - self.low) * ratio)
+
 
 def is_quantize(node: fx.Node) -> bool:
     """Whether a node makes 8-bit codes of a tensor."""
@@ -70,27 +84,36 @@ def grid_of(node: fx.Node) -> Grid:
 def quantize_after(node: fx.Node, grid: Grid) -> tuple[fx.Node, fx.Node]:
     """Insert quantize and dequantize after a node; its readers stay as they are.
 
-    Fewer codes than 256 are clamped in floating point before, which is exact, because runtimes know 8-bit tensors only.
+    Runtimes know 8-bit tensors only. Fewer codes are made of a finer 8-bit grid, exactly, so that the operator before
+    can still give integers.
 
     Args:
         node: A floating-point tensor.
         grid: Its values.
 
     Returns:
-        What reads the node (the clamp or the quantize node), and the dequantized tensor.
+        The node that reads the tensor, and the dequantized tensor.
     """
-    graph = node.graph
-    source = node
-    with graph.inserting_after(node):
-        if not grid.is_full:
-            bounds = [(code - grid.zero_point) * grid.scale for code in (grid.low, grid.high)]
-            source = _call(graph, torch.ops.aten.clamp.default, (node, *bounds), node)
+    if grid.is_full:
+        return _pair(node, grid)
+    fine = grid.refined()
+    first, source = _pair(node, fine) if fine.scale < grid.scale else (None, node)
+    ends = [(code - grid.zero_point) * grid.scale for code in (grid.low, grid.high)]
+    reached = [(code - fine.zero_point) * fine.scale for code in (0, 255)]
+    if first is None or reached[0] < ends[0] - 0.4 * grid.scale or reached[1] > ends[1] + 0.4 * grid.scale:
+        with node.graph.inserting_after(source):
+            source = _call(node.graph, torch.ops.aten.clamp.default, (source, *ends), node)
+        first = source if first is None else first
+    return first, _pair(source, Grid(grid.scale, grid.zero_point))[1]
+
+
+def _pair(node: fx.Node, grid: Grid) -> tuple[fx.Node, fx.Node]:
     arguments = (grid.scale, grid.zero_point, 0, 255, torch.uint8)
-    with graph.inserting_after(source):
-        quantized = _call(graph, QUANTIZE, (source, *arguments), node, torch.uint8)
-    with graph.inserting_after(quantized):
-        dequantized = _call(graph, DEQUANTIZE, (quantized, *arguments), node)
-    return (quantized if source is node else source), dequantized
+    with node.graph.inserting_after(node):
+        quantized = _call(node.graph, QUANTIZE, (node, *arguments), node, torch.uint8)
+    with node.graph.inserting_after(quantized):
+        dequantized = _call(node.graph, DEQUANTIZE, (quantized, *arguments), node)
+    return quantized, dequantized
 
 
 def _call(graph: fx.Graph, target: Any, args: tuple[Any, ...], like: fx.Node, dtype: Any = None) -> fx.Node:
@@ -106,26 +129,40 @@ def dequantize_constant(module: fx.GraphModule, name: str, codes: Tensor, scale:
 
     Args:
         module: The module, whose graph has an insert point.
-        name: Start of the buffers' names.
+        name: Of the original weight.
         codes: int8, symmetric (zero is code 0).
         scale: (C,) for the C channels, float32.
         axis: Dimension of the channels.
     """
-    stored = constant(module, f"{name}_int8", codes)
-    scales = constant(module, f"{name}_scale", scale)
-    zeros = constant(module, f"{name}_zero_point", torch.zeros(scale.shape, dtype=torch.int64))
+    stored = constant(module, name, "int8", codes)
+    scales = constant(module, name, "scale", scale)
+    zeros = constant(module, name, "zero_point", torch.zeros(scale.shape, dtype=torch.int64))
     node = module.graph.call_function(DEQUANTIZE_CHANNELS, (stored, scales, zeros, axis, -128, 127, torch.int8))
     node.meta["val"] = codes.to("meta", torch.float32)
     return node
 
 
-def constant(module: fx.GraphModule, name: str, value: Tensor) -> fx.Node:
-    """A buffer and the node that reads it, at the graph's insert point; the name is made free by a number."""
-    name = name.replace(".", "_")
+def constant(module: fx.GraphModule, origin: str, kind: str, value: Tensor) -> fx.Node:
+    """A new buffer and the node that reads it, at the graph's insert point.
+
+    Args:
+        module: The module.
+        origin: Name of the parameter that it was made of; `origin_of` tells it.
+        kind: Ending of the new name, which gets a number if it is taken.
+        value: The buffer.
+    """
+    name = f"{origin}_{kind}".replace(".", "_")
     free, count = name, 1
     while hasattr(module, free):
         free, count = f"{name}_{count}", count + 1
     module.register_buffer(free, value)
+    module.meta.setdefault(_ORIGINS, {})[free] = origin
     node = module.graph.get_attr(free)
     node.meta["val"] = value.to("meta")
     return node
+
+
+def origin_of(module: fx.GraphModule, stored: str) -> str:
+    """The name of the parameter that a tensor was made of."""
+    found: str = module.meta.get(_ORIGINS, {}).get(stored, stored)
+    return found

@@ -17,10 +17,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 from lightning_compress.errors import CompressionError
 from lightning_compress.isolation import isolated_rng
 from lightning_compress.probe import ExampleCall
+from lightning_compress.quantization.in_place import without_writes
 from lightning_compress.targets import clean_name, get_submodule_clean, unwrap
 from lightning_compress.transforms import TRANSFORMS
 
 AUXILIARY = "_lc_"
+_DROPOUT = (torch.ops.aten.dropout.default, torch.ops.aten.dropout_.default)
 
 
 @torch.library.custom_op("lightning_compress::quantized_here", mutates_args=())
@@ -107,7 +109,11 @@ def trace(model: nn.Module, example: ExampleCall, dynamic_batch: bool = True) ->
     try:
         with _tracing():
             program = torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
-            graph = program.run_decompositions({}).module()  # no decompositions, but no in-place operators either
+            graph = program.module()
+            _tidy(graph)
+            if not without_writes(graph):
+                graph = program.run_decompositions({}).module()
+                _tidy(graph)
     except Exception as error:
         hint = " If it works for one batch size only, pass `dynamic_batch=False`." if dynamic_batch else ""
         raise CompressionError(
@@ -116,11 +122,18 @@ def trace(model: nn.Module, example: ExampleCall, dynamic_batch: bool = True) ->
             f"data-dependent Python control flow.{hint}"
         ) from error
     assert isinstance(graph, fx.GraphModule)
-    for node in list(graph.graph.nodes):
-        if node.op == "call_module" and not node.users:  # guards of the input shapes, which exporting makes again
-            graph.graph.erase_node(node)
     graph.recompile()
     return Traced(graph, args, kwargs, shapes, quantizers)
+
+
+def _tidy(module: Any) -> None:
+    """Drop what does nothing: guards of the input shapes, which exporting makes again, and dropout in evaluation."""
+    for node in list(module.graph.nodes):
+        if node.op == "call_module" and not node.users:
+            module.graph.erase_node(node)
+        elif node.target in _DROPOUT and node.args[2] is False:
+            node.replace_all_uses_with(node.args[0])
+            module.graph.erase_node(node)
 
 
 @contextmanager
