@@ -141,6 +141,7 @@ TECHNIQUES: dict[str, Make] = {
     "everything, averaged": lambda folder: [*_everything(folder), EMAWeightAveraging(decay=0.9)],
 }  # fmt: skip
 CUTTING = {"lsq, channels, averaged", "channels", "channels at setup", "everything", "everything, averaged"}
+QUANTIZING = {"int8", "lsq", "percentile", "lsq, channels, averaged"}
 MASKING = {"masks", "masks by percent", "soft masks", "2:4", "everything", "everything, averaged"}
 
 

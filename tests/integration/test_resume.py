@@ -17,7 +17,7 @@ import pytest
 import resuming
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from resuming import CUTTING, MASKING, STEPS, TECHNIQUES, differences, every_epoch, every_step, fit, state
+from resuming import CUTTING, MASKING, QUANTIZING, STEPS, TECHNIQUES, differences, every_epoch, every_step, fit, state
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -76,7 +76,7 @@ def test_everything_together_with_an_average_stopped_anywhere_is_straight(
     assert not differences(wanted, resumed("everything, averaged", folder, stop, tmp_path))
 
 
-@pytest.mark.parametrize("technique", [t for t in TECHNIQUES if t != "everything, averaged"])
+@pytest.mark.parametrize("technique", [t for t in TECHNIQUES if not t.endswith("averaged")])
 def test_resuming_a_finished_fit_gives_what_it_ended_with(technique: str, straight: Any, tmp_path: Path) -> None:
     """Lightning runs no step, and neither `on_train_start` nor `on_train_end`."""
     folder, wanted = straight(technique)
@@ -86,7 +86,10 @@ def test_resuming_a_finished_fit_gives_what_it_ended_with(technique: str, straig
 @pytest.mark.parametrize("technique", sorted(CUTTING | MASKING))
 def test_the_straight_run_did_something(technique: str, straight: Any) -> None:
     _, final = straight(technique)
-    assert len(final["manifest"]["edits"]) == (0 if technique not in CUTTING else 1 if "setup" in technique else 2)
+    kinds = [edit["kind"] for edit in final["manifest"]["edits"]]
+    assert kinds.count("channels.cut") == (0 if technique not in CUTTING else 1 if "setup" in technique else 2)
+    quantized = ["quantization.attach", "quantization.enable"] if technique in QUANTIZING else []
+    assert [kind for kind in kinds if kind.startswith("quantization")] == quantized
     assert bool(final["manifest"]["masks"]) == (technique in MASKING)
 
 
