@@ -54,7 +54,8 @@ def sensitivity(
 
     - `loss`: the Fisher estimate of how much the loss rises (see the module), from one forward and backward pass.
     - `outputs`: the Kullback-Leibler divergence of the model's predictions, measured with one layer quantized at a
-      time: a forward pass for each layer and choice.
+      time: a forward pass for each layer and choice. Slower, but no approximation: errors as large as those of 2 bits
+      are beyond the second order, and a model that fits its data leaves the Fisher estimate little gradient to see.
     - neither: the squared error of the weights relative to the weights; no data, and nothing about activations.
 
     Static ranges of activations need one more forward pass before that.
