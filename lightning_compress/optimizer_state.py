@@ -84,21 +84,23 @@ def _carry_parameter(optimizer: Optimizer, swap: Swap, journal: Journal) -> list
     whole = all(not isinstance(v, Tensor) or v.numel() <= 1 or v.shape == shape for v in state.values())
     notes = []
     for new in swap.new:
-        if new.state_map is None or not whole:
+        carries = getattr(new.state_map, "carries", None)  # a map may know only some kinds of state
+        if new.state_map is None or not whole or (carries is not None and not carries(state.keys())):
             why = "its state is not element-wise" if not whole else "it is a new kind of parameter"
             notes.append(f"{type(optimizer).__name__} state of {new.name} restarts: {why}")
             continue
-        mapped = {k: _map_state(v, shape, new) for k, v in state.items()}
+        mapped = {k: _map_state(k, v, shape, new) for k, v in state.items()}
         journal.set_item(optimizer.state, new.tensor, mapped)
     return notes
 
 
-def _map_state(value: Any, shape: torch.Size, new: New) -> Any:
+def _map_state(key: str, value: Any, shape: torch.Size, new: New) -> Any:
     if not isinstance(value, Tensor):
         return value
     if value.shape != shape or value.dim() == 0 or new.state_map is None:
         return value.clone()
-    mapped = new.state_map(value)
+    by_key = getattr(new.state_map, "of_state", None)  # or treat momentum and second moments differently
+    mapped = new.state_map(value) if by_key is None else by_key(key, value)
     if mapped.shape != new.tensor.shape:
         return mapped.clone()
     # Fused optimizers walk through the memory of weight and state side by side: both must have one layout.

@@ -32,6 +32,7 @@ ApplyEdit = Callable[[nn.Module, Edit, "Journal"], "list[Swap]"]
 # Reading a manifest in a fresh process must find the code behind an edit: the prefix of its kind names the technique.
 _TECHNIQUES = {
     "channels": "lightning_compress.pruning.channels",
+    "low_rank": "lightning_compress.low_rank.replacement",
     "quantization": "lightning_compress.quantization.attachment",
 }
 _KINDS: dict[str, ApplyEdit] = {}
