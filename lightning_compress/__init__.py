@@ -4,8 +4,21 @@ from typing import Any
 
 from lightning_compress.cost import Cost as Cost
 from lightning_compress.decisions import Decisions as Decisions
+from lightning_compress.distillation.attribution import AttributionMatching as AttributionMatching
+from lightning_compress.distillation.decoupled import DIST as DIST
+from lightning_compress.distillation.decoupled import DKD as DKD
+from lightning_compress.distillation.dense import DenseKD as DenseKD
+from lightning_compress.distillation.dense import ResponseKD as ResponseKD
+from lightning_compress.distillation.features import Hint as Hint
+from lightning_compress.distillation.information import CRD as CRD
+from lightning_compress.distillation.information import VID as VID
 from lightning_compress.distillation.losses import KD as KD
 from lightning_compress.distillation.losses import kd_loss as kd_loss
+from lightning_compress.distillation.relations import AT as AT
+from lightning_compress.distillation.relations import PKT as PKT
+from lightning_compress.distillation.relations import RKD as RKD
+from lightning_compress.distillation.relations import SP as SP
+from lightning_compress.distillation.tokens import TokenKL as TokenKL
 from lightning_compress.errors import CompressionError as CompressionError
 from lightning_compress.exporting import export as export
 from lightning_compress.loading import load as load

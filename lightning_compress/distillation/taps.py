@@ -110,13 +110,14 @@ class _Recorder(_Hook):
         self.calls: list[Call] = []
         self.entered: list[tuple[int, ...] | None] = []
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if not self.on:
-            return
+            return None
         entered = self.entered.pop() if self.entered else None
-        if self.clone:
-            output = map_tensors(torch.clone, output)
         self.calls.append(Call(args, kwargs, output, entered, _versions(output)))
+        # The copy goes on through the model: what is kept stays on the way to the output, which can be differentiated
+        # by it.
+        return map_tensors(torch.clone, output) if self.clone else None
 
 
 class _Entry(_Hook):
@@ -133,8 +134,8 @@ class _Entry(_Hook):
 class Tap:
     """Records the calls of one module while it is on.
 
-    In-place modules (``nn.ReLU(inplace=True)``) write over what a tapped module returned. With ``clone=True`` the tap
-    keeps a copy of the output (gradients flow through it). Without, a record that was written to afterwards is an error
+    In-place modules (``nn.ReLU(inplace=True)``) write over what a tapped module returned. With ``clone=True`` the model
+    goes on with a copy of the output. Without, a record that was written to afterwards is an error
     when it is read, never a wrong number; only inside compiled code this cannot be seen.
 
     Args:
