@@ -10,6 +10,7 @@ from lightning_compress.callbacks.base import CompressionCallback as Compression
 from lightning_compress.callbacks.channel_pruning import ChannelPruning as ChannelPruning
 from lightning_compress.callbacks.distillation import Distillation as Distillation
 from lightning_compress.callbacks.monitor import CompressionMonitor as CompressionMonitor
+from lightning_compress.callbacks.post_training import PostTrainingQuantization as PostTrainingQuantization
 from lightning_compress.callbacks.pruning import Pruning as Pruning
 from lightning_compress.callbacks.quantization import QuantizationAwareTraining as QuantizationAwareTraining
 from lightning_compress.callbacks.resume import ExactResume as ExactResume

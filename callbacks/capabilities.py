@@ -36,6 +36,11 @@ _LATER = Verdict("later", "it is not supported yet. Use strategy='ddp' or ModelP
 _MIDFIT = Verdict("refused, three ways out", _FIXED_SHAPES)
 _INITIAL = Verdict("refused", "a dense copy of a sharded model cannot be kept. Pass a checkpoint path or a module")
 
+_AFTERWARDS = Verdict(
+    "refused, afterwards",
+    "each process holds only a part of the weights. Load the checkpoint after the fit and call lc.quantize(model, data)",
+)
+
 CAPABILITIES: dict[str, dict[Kind, Verdict]] = {
     "masks, mid-fit": {
         "single": _YES, "ddp": _YES, "fsdp2": _YES, "fsdp1": _YES, "deepspeed": Verdict("refused", _DEEPSPEED),
@@ -49,6 +54,9 @@ CAPABILITIES: dict[str, dict[Kind, Verdict]] = {
     },
     "quantization-aware training": {
         "single": _YES, "ddp": _YES, "fsdp2": _YES, "fsdp1": _LATER, "deepspeed": _LATER,
+    },
+    "post-training quantization": {
+        "single": _YES, "ddp": _YES, "fsdp2": _AFTERWARDS, "fsdp1": _AFTERWARDS, "deepspeed": _AFTERWARDS,
     },
     "distillation": {"single": _YES, "ddp": _YES, "fsdp2": _YES, "fsdp1": _YES, "deepspeed": _LATER},
     "distillation from teacher='initial'": {

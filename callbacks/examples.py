@@ -47,7 +47,12 @@ def example_call(run: Coordinator, example_inputs: Any, targets: Sequence[str], 
             f"{owner}: an example call of the model is needed and {why}; pass example_inputs= (arguments of the "
             "module's forward, for a small batch) or define `example_input_array`"
         )
-    return smaller(record_call(module, lambda: run_step(run), targets, _muted(module)).call)
+    return smaller(record_step(run, targets))
+
+
+def record_step(run: Coordinator, targets: Sequence[str]) -> ExampleCall:
+    """The call that the user's training step makes for the current batch, with all of its samples."""
+    return record_call(run.pl_module, lambda: run_step(run), targets, _muted(run.pl_module)).call
 
 
 @contextmanager

@@ -124,6 +124,21 @@ def averages(trainer: Trainer) -> Iterator[nn.Module]:
             yield callback._average_model
 
 
+def check_ends_after_averages(trainer: Trainer, callback: Any) -> None:
+    """Refuse a callback that changes the model at the end before averaged weights are copied into it.
+
+    Raises:
+        CompressionError: If a WeightAveraging callback stands behind it in the list.
+    """
+    listed: list[Any] = list(trainer.callbacks)  # type: ignore[attr-defined]
+    behind = [c for c in _named(trainer, "WeightAveraging") if listed.index(c) > listed.index(callback)]
+    if behind:
+        raise CompressionError(
+            f"{type(behind[0]).__name__} copies its averaged weights into the model when training ends, after "
+            f"{callback.name} has worked on those of before; put it before {callback.name} in callbacks="
+        )
+
+
 def rebuild_averages(run: Coordinator) -> None:
     """Make averaged copies again that were taken before setup-time structure was made.
 

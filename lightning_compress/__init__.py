@@ -25,6 +25,8 @@ from lightning_compress.loading import load as load
 from lightning_compress.loading import load_from_checkpoint as load_from_checkpoint
 from lightning_compress.loading import strip as strip
 from lightning_compress.manifest import materialize as materialize
+from lightning_compress.quantization.artifact import Int8Artifact as Int8Artifact
+from lightning_compress.quantization.post_training import quantize as quantize
 from lightning_compress.quantization.spec import QuantSpec as QuantSpec
 from lightning_compress.schedule import Schedule as Schedule
 from lightning_compress.schedule import Scheduled as Scheduled

@@ -21,9 +21,9 @@ from lightning_compress.encoding import decode as decode
 from lightning_compress.encoding import encode as encode
 from lightning_compress.errors import CompressionError
 from lightning_compress.graphs import trace, write_onnx
-from lightning_compress.layers import transformed_weight
 from lightning_compress.probe import from_example_inputs
 from lightning_compress.targets import clean_name, unwrap
+from lightning_compress.transforms import baked
 from lightning_compress.writing import PathLike, require, whole
 
 Format = Literal["safetensors", "onnx", "pt2"]
@@ -166,10 +166,10 @@ def _weights(model: nn.Module) -> dict[str, Any]:
         weight = getattr(module, "weight", None)
         if isinstance(weight, Tensor):
             with torch.no_grad():
-                used = transformed_weight(module)
+                used = baked(module, "weight", weight)
             if used is not weight:
                 state[clean_name(f"{name}.weight" if name else "weight", model)] = used
-    return manifests.without_auxiliary(state)
+    return manifests.without_auxiliary(state, model)
 
 
 def _plain_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -44,6 +44,13 @@ def transformed_weight(module: nn.Module) -> Tensor:
     return transformed(module, "weight", weight)
 
 
+def baked(module: nn.Module, slot: str, tensor: Tensor) -> Tensor:
+    """Pass a tensor through those transforms that no file holds: quantizers are modules, and files have them."""
+    for transform in slots_of(module).get(slot, _NONE).values():
+        tensor = tensor if isinstance(transform, nn.Module) else transform(tensor)
+    return tensor
+
+
 def slots_of(module: nn.Module) -> dict[str, dict[str, Transform]]:
     """The transforms of a layer: ``{slot: {name: transform}}``; empty if it has none."""
     found: dict[str, dict[str, Transform]] = module.__dict__.get(TRANSFORMS, {})

@@ -15,7 +15,12 @@ from torch import Tensor, nn
 
 import lightning_compress as lc
 from lightning_compress import layers, manifest
-from lightning_compress.callbacks import ChannelPruning, Pruning, QuantizationAwareTraining
+from lightning_compress.callbacks import (
+    ChannelPruning,
+    PostTrainingQuantization,
+    Pruning,
+    QuantizationAwareTraining,
+)
 from lightning_compress.callbacks.testing import TinyNet, tiny_loader
 from lightning_compress.quantization import attachment
 
@@ -305,3 +310,45 @@ def test_a_layer_that_never_runs_is_left_out_and_named(capsys: pytest.CaptureFix
 def test_two_callbacks_may_not_disagree_about_a_layer() -> None:
     with pytest.raises(lc.CompressionError, match="leave the layer to one callback"):
         run([QuantizationAwareTraining(**fits.QAT), QuantizationAwareTraining("w4a8", name="b", **fits.QAT)])
+
+
+# ------------------------------------------------------------------------------------------------- after training
+def test_post_training_quantization_ends_a_fit(tmp_path: Path) -> None:
+    after = PostTrainingQuantization(samples=32)
+    trainer, module = run([after])
+    assert all(q.enabled for q in attachment.quantizers(module).values())
+    assert after.report is not None
+    assert after.report.output.after > 15
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    loaded = lc.load_from_checkpoint(TinyNet, tmp_path / "last.ckpt")
+    assert torch.equal(loaded.eval()(X), module.eval()(X))
+    assert not torch.equal(module(X), run([])[1].eval()(X))
+
+
+def test_post_training_quantization_leaves_no_trace_on_training() -> None:
+    _, plain = run([])
+    _, module = run([PostTrainingQuantization(samples=16)])
+    assert all(torch.equal(p, module.get_parameter(n)) for n, p in plain.named_parameters())
+
+
+def test_averaged_weights_come_first() -> None:
+    _, module = run([EMAWeightAveraging(decay=0.5), PostTrainingQuantization(samples=16)])
+    assert attachment.quantizers(module)
+    with pytest.raises(lc.CompressionError, match="put it before PostTrainingQuantization"):
+        run([PostTrainingQuantization(samples=16), EMAWeightAveraging(decay=0.5)])
+
+
+def test_a_safetensors_file_holds_the_quantizers(tmp_path: Path) -> None:
+    _, module = run([QuantizationAwareTraining("w2a2_lsq", **fits.QAT)])
+    loaded = lc.load(TinyNet(), lc.export(module, tmp_path / "q.safetensors"))
+    assert torch.equal(loaded.eval()(X), module.eval()(X))
+
+
+def test_the_integer_model_agrees_with_the_trained_one(tmp_path: Path) -> None:
+    _, module = run([QuantizationAwareTraining(**fits.QAT)], TinyNet(batchnorm=True))
+    path = lc.export(module, tmp_path / "int8.pt2", example_inputs=X, calibration=tiny_loader())
+    artifact = lc.Int8Artifact.load(path)
+    x = torch.randn(200, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    wanted, found = module.eval()(x), artifact.run(x)
+    assert (wanted - found).abs().max() <= 0.02 * (wanted.max() - wanted.min())
+    assert (wanted.argmax(1) == found.argmax(1)).float().mean() >= 0.99
