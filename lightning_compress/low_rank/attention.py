@@ -6,7 +6,7 @@ queries, keys and values have a linear layer each, so that any of them can have 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -50,8 +50,8 @@ class LowRankMultiheadAttention(nn.Module):
         self.dropout, self.batch_first, self.add_zero_attn = dense.dropout, dense.batch_first, dense.add_zero_attn
         for name in PARTS:
             self.add_module(name, projections[name])
-        self.register_parameter("bias_k", dense.bias_k)
-        self.register_parameter("bias_v", dense.bias_v)
+        self.register_parameter("bias_k", cast(Any, dense.bias_k))
+        self.register_parameter("bias_v", cast(Any, dense.bias_v))
 
     @property
     def out_proj(self) -> nn.Module:
@@ -119,9 +119,9 @@ class LowRankMultiheadAttention(nn.Module):
         merged = {name: _dense(self._modules[name]) for name in PARTS}
         with torch.no_grad():
             for name, (target, bias) in _projections(dense).items():
-                target.copy_(merged[name].weight)  # type: ignore[arg-type]
+                target.copy_(merged[name].weight)
                 if bias is not None:
-                    bias.copy_(merged[name].bias)  # type: ignore[arg-type]
+                    bias.copy_(merged[name].bias)
             for name in ("bias_k", "bias_v"):
                 if getattr(self, name) is not None:
                     getattr(dense, name).copy_(getattr(self, name))
@@ -171,7 +171,7 @@ def split_projections(dense: nn.MultiheadAttention) -> dict[str, nn.Module]:
         with isolated_rng():
             linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, weight.device, weight.dtype)
         if name == "out":
-            linear._parameters.update(weight=dense.out_proj.weight, bias=dense.out_proj.bias)
+            linear.weight, linear.bias = dense.out_proj.weight, dense.out_proj.bias
         else:
             with torch.no_grad():
                 linear.weight.copy_(weight)
@@ -180,7 +180,6 @@ def split_projections(dense: nn.MultiheadAttention) -> dict[str, nn.Module]:
             trained = next(p for n, p in dense.named_parameters() if n in ("in_proj_weight", f"{name}_proj_weight"))
             linear.weight.requires_grad_(trained.requires_grad)
             if bias is not None:
-                linear.bias.requires_grad_(dense.in_proj_bias.requires_grad)  # type: ignore[union-attr]
+                linear.bias.requires_grad_(dense.in_proj_bias.requires_grad)
         made[name] = linear.train(dense.training)
     return made
-

@@ -94,4 +94,5 @@ def _least_squares(x: Tensor, factors: list[Tensor], mode: int, ridge: float) ->
     equation = f"z{letters},{','.join(f'{one}r' for one in letters)}->zr"
     right = torch.einsum(equation, x.movedim(mode, 0), *others)
     gram.diagonal().add_(ridge * gram.diagonal().mean() + 1e-30)
-    return torch.linalg.solve(gram, right.t()).t()
+    solved: Tensor = torch.linalg.solve(gram, right.t())
+    return solved.t()

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import torch
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
@@ -27,6 +26,7 @@ def evbmf_rank(matrix: Tensor) -> int:
         CompressionError: If an entry is not finite.
 
     Example:
+        >>> import torch
         >>> generator = torch.Generator().manual_seed(0)
         >>> draw = lambda *shape: torch.randn(*shape, generator=generator)
         >>> evbmf_rank(draw(60, 5) @ draw(5, 90) + 0.1 * draw(60, 90))

@@ -85,9 +85,10 @@ def singular_values(matrix: Tensor) -> Tensor:
     matrix = precise(matrix)
     check_finite(matrix)
     try:
-        return torch.linalg.svdvals(matrix)
+        values: Tensor = torch.linalg.svdvals(matrix)
     except RuntimeError:
-        return _svd_by_eigenvalues(matrix)[1]
+        values = _svd_by_eigenvalues(matrix)[1]
+    return values
 
 
 def stable_rank(matrix: Tensor) -> float:

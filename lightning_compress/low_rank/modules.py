@@ -7,7 +7,7 @@ where the product stays exact, `merge` makes the dense layer again.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,10 @@ class Factored(nn.Sequential):
         super().__init__(*layers)
         self.register_forward_hook(_hear_nothing)
 
+    def small(self, index: int) -> Any:
+        """One of the small layers."""
+        return self[index]
+
     @property
     def method(self) -> Method:
         """How the dense weight becomes the small ones."""
@@ -45,7 +49,7 @@ class Factored(nn.Sequential):
     @property
     def groups(self) -> int:
         """Groups of the dense layer."""
-        return int(getattr(self[0], "groups", 1))
+        return int(getattr(self.small(0), "groups", 1))
 
     @property
     def shape(self) -> Shape:
@@ -72,25 +76,25 @@ class Factored(nn.Sequential):
     @property
     def bias(self) -> Any:
         """The bias of the last small layer, or ``None``."""
-        return self[-1].bias
+        return self.small(-1).bias
 
     def dense_weight(self) -> Tensor:
         """The dense weight that the layer stands for; differentiable."""
         factors = self.method.from_weights(self.weights, self.shape, self.groups)
         return self.method.merge(factors, self.shape, self.groups)
 
-    def merge(self) -> nn.Module:
+    def merge(self) -> Any:
         """A plain dense layer that computes the same, on the same device, in the same mode."""
         weight = self.dense_weight().detach()
         with isolated_rng():
             dense = self._empty().to(device=weight.device, dtype=weight.dtype)
         with torch.no_grad():
-            dense.weight.copy_(weight)  # type: ignore[operator, union-attr]
+            dense.weight.copy_(weight)
             if self.bias is not None:
-                dense.bias.copy_(self.bias)  # type: ignore[operator, union-attr]
+                dense.bias.copy_(self.bias)
         return dense.train(self.training)
 
-    def _empty(self) -> nn.Module:
+    def _empty(self) -> Any:
         raise NotImplementedError
 
 
@@ -113,19 +117,19 @@ class LowRankLinear(Factored):
     @property
     def in_features(self) -> int:
         """As of the dense layer."""
-        return int(self[0].in_features)
+        return int(self.small(0).in_features)
 
     @property
     def out_features(self) -> int:
         """As of the dense layer."""
-        return int(self[-1].out_features)
+        return int(self.small(-1).out_features)
 
     @property
     def shape(self) -> Shape:
         """See `Factored.shape`."""
         return self.out_features, self.in_features
 
-    def _empty(self) -> nn.Module:
+    def _empty(self) -> Any:
         return nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
 
 
@@ -137,20 +141,20 @@ class LowRankGates(Factored):
     @property
     def groups(self) -> int:
         """The gates."""
-        return int(self[1].groups)
+        return int(self.small(1).groups)
 
     @property
     def shape(self) -> Shape:
         """See `Factored.shape`."""
-        return int(self[1].out_channels), int(self[0].in_features)
+        return int(self.small(1).out_channels), int(self.small(0).in_features)
 
     def forward(self, input: Tensor) -> Tensor:
         """Maps (..., in) to (..., out)."""
-        inner: Tensor = self[0](input)
-        outer: Tensor = self[1](inner.reshape(-1, inner.shape[-1], 1))
+        inner: Tensor = self.small(0)(input)
+        outer: Tensor = self.small(1)(inner.reshape(-1, inner.shape[-1], 1))
         return outer.reshape(*inner.shape[:-1], outer.shape[1])
 
-    def _empty(self) -> nn.Module:
+    def _empty(self) -> Any:
         out, into = self.shape
         return nn.Linear(into, out, bias=self.bias is not None)
 
@@ -163,42 +167,44 @@ class LowRankEmbedding(Factored):
     @property
     def shape(self) -> Shape:
         """See `Factored.shape`."""
-        return int(self[0].num_embeddings), int(self[-1].out_features)
+        return int(self.small(0).num_embeddings), int(self.small(-1).out_features)
 
-    def _empty(self) -> nn.Module:
-        first: Any = self[0]
+    def _empty(self) -> Any:
+        first: Any = self.small(0)
+        entries, width = self.shape
         return nn.Embedding(
-            *self.shape, padding_idx=first.padding_idx, scale_grad_by_freq=first.scale_grad_by_freq, sparse=first.sparse
-        )
+            entries, width, padding_idx=first.padding_idx, scale_grad_by_freq=first.scale_grad_by_freq,
+            sparse=first.sparse,
+        )  # fmt: skip
 
 
 class _FactoredConv(Factored):
     @property
     def in_channels(self) -> int:
         """As of the dense layer."""
-        return int(self[0].in_channels)
+        return int(self.small(0).in_channels)
 
     @property
     def out_channels(self) -> int:
         """As of the dense layer."""
-        return int(self[-1].out_channels)
+        return int(self.small(-1).out_channels)
 
     @property
     def _spatial(self) -> dict[str, Any]:
         """Kernel, stride, padding and dilation of the dense layer."""
-        return _settings(self[0])
+        return _settings(self.small(0))
 
     @property
     def shape(self) -> Shape:
         """See `Factored.shape`."""
-        first: Any = self[0]
+        first: Any = self.small(0)
         return (self.out_channels, first.in_channels // first.groups, *self._spatial["kernel_size"])
 
-    def _empty(self) -> nn.Module:
-        kind = layers.plain_type(self[0])
+    def _empty(self) -> Any:
+        kind = layers.plain_type(self.small(0))
         return kind(
             self.in_channels, self.out_channels, groups=self.groups, bias=self.bias is not None,
-            padding_mode=self[0].padding_mode, **self._spatial,
+            padding_mode=self.small(0).padding_mode, **self._spatial,
         )  # fmt: skip
 
 
@@ -215,7 +221,7 @@ class SpatialConv(_FactoredConv):
 
     @property
     def _spatial(self) -> dict[str, Any]:
-        return _joined(_settings(self[0]), _settings(self[1]))
+        return _joined(_settings(self.small(0)), _settings(self.small(1)))
 
 
 class TuckerConv(_FactoredConv):
@@ -225,13 +231,13 @@ class TuckerConv(_FactoredConv):
 
     @property
     def _spatial(self) -> dict[str, Any]:
-        return _settings(self[1])
+        return _settings(self.small(1))
 
-    def _empty(self) -> nn.Module:
-        kind = layers.plain_type(self[1])
+    def _empty(self) -> Any:
+        kind = layers.plain_type(self.small(1))
         return kind(
             self.in_channels, self.out_channels, groups=self.groups, bias=self.bias is not None,
-            padding_mode=self[1].padding_mode, **self._spatial,
+            padding_mode=self.small(1).padding_mode, **self._spatial,
         )  # fmt: skip
 
 
@@ -247,7 +253,7 @@ class CpConv(_FactoredConv):
 
     @property
     def _spatial(self) -> dict[str, Any]:
-        return _joined(_settings(self[1]), _settings(self[2]))
+        return _joined(_settings(self.small(1)), _settings(self.small(2)))
 
 
 CLASSES: dict[str, type[Factored]] = {
@@ -257,7 +263,9 @@ CLASSES: dict[str, type[Factored]] = {
 
 
 # ------------------------------------------------------------------------------------------------------------ building
-def build(module: nn.Module, method: str, ranks: Sequence[int], weight: Tensor | None = None) -> Factored:
+def build(
+    module: nn.Module, method: str, ranks: Sequence[int], weight: Tensor | None = None, groups: int | None = None
+) -> Factored:
     """Small layers in the place of a dense one; the dense layer is not changed, its bias is shared.
 
     Args:
@@ -265,24 +273,28 @@ def build(module: nn.Module, method: str, ranks: Sequence[int], weight: Tensor |
         method: Name of the method, see `factorization`.
         ranks: Its ranks.
         weight: The dense weight to factorize; ``None`` leaves fresh values, to be loaded.
+        groups: Gates of a weight of a recurrent layer; other layers say themselves how many groups they have.
 
     Raises:
         CompressionError: If the weight is not finite or its decomposition does not converge.
         ValueError: If the method does not fit the layer or a rank is out of range.
     """
-    shape, groups = dense_shape(module), int(getattr(module, "groups", 1))
+    shape = dense_shape(module)
+    groups = int(getattr(module, "groups", 1)) if groups is None else groups
     check_ranks(method, ranks, shape, groups)
     like: Any = module.weight
     with isolated_rng():
-        new = CLASSES[method](*_small_layers(module, method, tuple(ranks), {"device": like.device}))
+        new = CLASSES[method](*_small_layers(module, method, tuple(ranks), groups, {"device": like.device}))
     new.to(dtype=like.dtype)
+    if like.dim() == 4 and not like.is_contiguous() and like.is_contiguous(memory_format=torch.channels_last):
+        new.to(memory_format=torch.channels_last)
     if getattr(module, "bias", None) is not None:
-        new[-1]._parameters["bias"] = module.bias  # the same parameter: whoever holds it still does
+        new[-1]._parameters["bias"] = cast(Any, module.bias)  # the same parameter: whoever holds it still does
     if weight is not None:
         fill(new, METHODS[method].factorize(weight, tuple(ranks), groups))
     for layer in new:
-        layer.weight.requires_grad_(like.requires_grad)  # type: ignore[operator, union-attr]
-        layer.weight.__dict__.update(like.__dict__)  # type: ignore[union-attr]
+        layer.weight.requires_grad_(like.requires_grad)
+        layer.weight.__dict__.update(like.__dict__)
     return new.train(module.training)
 
 
@@ -296,7 +308,8 @@ def fill(layer: Factored, factors: Sequence[Tensor]) -> None:
     """
     padded = layer.method.pad(factors, layer.ranks)
     for small, value in zip(layer, layer.method.to_weights(padded, layer.shape, layer.groups), strict=True):
-        small.weight.copy_(value)  # type: ignore[operator, union-attr]
+        target: Any = small.weight
+        target.copy_(value)
 
 
 def check_ranks(method: str, ranks: Sequence[int], shape: Shape, groups: int) -> None:
@@ -345,14 +358,17 @@ def _axis(settings: dict[str, Any], axis: int) -> dict[str, Any]:
     }
 
 
-def _small_layers(module: nn.Module, method: str, ranks: Ranks, made: dict[str, Any]) -> list[nn.Module]:
+def _small_layers(module: nn.Module, method: str, ranks: Ranks, groups: int, made: dict[str, Any]) -> list[nn.Module]:
     bias = getattr(module, "bias", None) is not None
     if isinstance(module, nn.Embedding):
         kept = {name: getattr(module, name) for name in ("padding_idx", "scale_grad_by_freq", "sparse")}
         first = nn.Embedding(module.num_embeddings, ranks[0], **kept, **made)
         return [first, nn.Linear(ranks[0], module.embedding_dim, bias=False, **made)]
     if isinstance(module, nn.Linear):
-        first_linear = nn.Linear(module.in_features, ranks[0], bias=False, **made)
+        first_linear = nn.Linear(module.in_features, ranks[0] * (groups if method == "gates" else 1), False, **made)
+        if method == "gates":
+            inner, out = groups * ranks[0], module.out_features
+            return [first_linear, nn.Conv1d(inner, out, 1, groups=groups, bias=bias, **made)]
         return [first_linear, nn.Linear(ranks[0], module.out_features, bias=bias, **made)]
     conv: Any = module
     kind: Any = layers.plain_type(module)

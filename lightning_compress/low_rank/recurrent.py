@@ -139,4 +139,3 @@ def split_weights(dense: nn.RNNBase) -> dict[str, nn.Module]:
         linear._parameters.update(weight=weight, bias=bias)
         made[name] = linear.train(dense.training)
     return made
-

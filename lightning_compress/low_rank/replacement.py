@@ -1,0 +1,323 @@
+"""The edits that put factors in the place of dense layers, and that make factors smaller.
+
+An edit holds names, methods and ranks, no values: replayed, it builds the layers, whose values come from the file that
+is loaded next. While a model trains, `given` hands over the factors that rank 0 has computed; averaged copies of the
+model get factors of their own on the same basis, since averages of factors of different bases mean nothing.
+"""
+
+from __future__ import annotations
+
+import contextvars
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress import manifest, recurrent, surgery
+from lightning_compress.errors import CompressionError
+from lightning_compress.low_rank import modules
+from lightning_compress.low_rank.attention import LowRankMultiheadAttention, split_projections
+from lightning_compress.low_rank.factorization import METHODS
+from lightning_compress.low_rank.modules import Factored
+from lightning_compress.low_rank.recurrent import LowRankRecurrent, split_weights
+from lightning_compress.low_rank.states import Kept, Projected
+from lightning_compress.low_rank.units import Unit, factored_parts, factored_parts_of, unit_of, weight_of
+from lightning_compress.surgery import Edit, Journal, New, Swap
+from lightning_compress.targets import get_submodule_clean
+
+REPLACE, SHRINK = "low_rank.replace", "low_rank.shrink"
+Spec = Mapping[str, Mapping[str, Any]]  # {part: {"method": str, "ranks": [int, ...]}}
+Factors = Mapping[str, Mapping[str, Sequence[Tensor]]]  # {layer: {part: factors}}
+StateMode = Literal["restart", "project"]
+_HOOKS = (
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Given:
+    root: nn.Module
+    factors: Factors
+    state: StateMode
+
+
+_given: contextvars.ContextVar[_Given | None] = contextvars.ContextVar("_given", default=None)
+
+
+@contextmanager
+def given(root: nn.Module, factors: Factors, state: StateMode = "restart") -> Iterator[None]:
+    """Have edits of `root` inside the block take these factors, and edits of its copies others on the same basis.
+
+    Args:
+        root: The model that the factors are of.
+        factors: By layer and part, in the form of each unit's method.
+        state: What optimizers keep of a dense weight, see `states.Projected`.
+    """
+    token = _given.set(_Given(root, factors, state))
+    try:
+        yield
+    finally:
+        _given.reset(token)
+
+
+def replace_edit(layers: Mapping[str, Spec]) -> Edit:
+    """The edit that puts factors in the place of layers.
+
+    Args:
+        layers: ``{layer: {part: {"method": name, "ranks": [...]}}}``; parts that are left out stay dense.
+    """
+    plain = {
+        layer: {part: {"method": s["method"], "ranks": [int(r) for r in s["ranks"]]} for part, s in spec.items()}
+        for layer, spec in layers.items()
+    }
+    return {"kind": REPLACE, "layers": plain}
+
+
+def shrink_edit(layers: Mapping[str, Mapping[str, Sequence[int]]]) -> Edit:
+    """The edit that keeps the first directions of factors: ``{layer: {part: ranks}}``."""
+    return {
+        "kind": SHRINK,
+        "layers": {n: {p: [int(r) for r in ranks] for p, ranks in s.items()} for n, s in layers.items()},
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------- replace
+def factored_layer(module: nn.Module, spec: Spec) -> nn.Module:
+    """What takes the place of a dense layer, with fresh values.
+
+    Args:
+        module: The dense layer; parameters of what stays dense, and biases, are shared.
+        spec: Method and ranks of each part that is factored.
+
+    Raises:
+        ValueError: If a method or a rank does not fit.
+    """
+    if isinstance(module, nn.MultiheadAttention):
+        parts = split_projections(module)
+        for part, how in spec.items():
+            parts[part] = modules.build(parts[part], how["method"], how["ranks"])
+        return LowRankMultiheadAttention(module, parts).train(module.training)
+    if isinstance(module, nn.RNNBase):
+        parts, gates = split_weights(module), recurrent.gates(module)
+        for part, how in spec.items():
+            parts[part] = modules.build(parts[part], how["method"], how["ranks"], groups=gates)
+        return LowRankRecurrent(module, parts).train(module.training)
+    return modules.build(module, spec["weight"]["method"], spec["weight"]["ranks"])
+
+
+def _apply_replace(root: nn.Module, edit: Edit, journal: Journal) -> list[Swap]:
+    swaps: list[Swap] = []
+    now = _given.get()
+    for name, spec in edit["layers"].items():
+        old = get_submodule_clean(root, name)
+        try:
+            new = factored_layer(old, spec)
+        except (ValueError, KeyError, AttributeError) as error:
+            raise CompressionError(f"the edit puts factors in the place of {name!r}, which fails: {error}") from error
+        for part, (_, factored) in factored_parts_of(name, new).items():
+            if now is not None:
+                wanted = now.factors[name][part]
+                if root is not now.root:
+                    unit = unit_of(name, part, factored)
+                    dense = weight_of(root, unit)
+                    wanted = unit.algebra.refit([f.to(dense.device) for f in wanted], dense, unit.groups)
+                modules.fill(factored, wanted)
+        for registry in _HOOKS:  # the same registries, so that handles work on
+            if getattr(old, registry):
+                new.__dict__[registry] = _with_ours(getattr(old, registry), getattr(new, registry))
+        swaps += surgery.replace_module(root, name, new, _swaps(name, old, new, spec, now), journal)
+        _without_fused_layers(root, name, journal)
+    return swaps
+
+
+def _with_ours(theirs: Any, ours: Any) -> Any:
+    theirs.update(ours)
+    return theirs
+
+
+def _without_fused_layers(root: nn.Module, name: str, journal: Journal) -> None:
+    """`torch.nn.TransformerEncoder` reads weights of its first layer in evaluation unless it is told not to."""
+    above = name
+    while above:
+        above = above.rpartition(".")[0]
+        module = get_submodule_clean(root, above)
+        if isinstance(module, nn.TransformerEncoder) and getattr(module, "use_nested_tensor", False):
+            journal.set_attribute(module, "use_nested_tensor", False)
+
+
+# --------------------------------------------------------------------------------------------------------------- swaps
+def _swaps(name: str, old: nn.Module, new: nn.Module, spec: Spec, now: _Given | None) -> list[Swap]:
+    """Which parameter became which ones, with what becomes of their optimizer state."""
+    if isinstance(old, nn.MultiheadAttention):
+        return _attention_swaps(name, old, new, now)
+    if isinstance(old, nn.RNNBase):
+        return _recurrent_swaps(name, old, new, now)
+    assert isinstance(new, Factored)
+    weight: Any = old.weight
+    swaps = [Swap(f"{name}.weight", weight, tuple(_factors_of(name, "weight", name, new, now)))]
+    if getattr(old, "bias", None) is not None:
+        swaps.append(_moved(f"{name}.bias", old.bias, f"{name}.{len(new) - 1}.bias"))
+    return swaps
+
+
+def _factors_of(
+    layer: str, part: str, prefix: str, new: Factored, now: _Given | None, rows: tuple[int, int] | None = None
+) -> Iterator[New]:
+    factors = None if now is None else [f.detach() for f in now.factors[layer][part]]
+    for index, small in enumerate(new):
+        state = None
+        if factors is not None and now is not None:
+            state = Projected(new.method_name, factors, new.shape, new.groups, index, now.state, rows)
+        weight: Any = small.weight
+        yield New(f"{prefix}.{index}.weight", weight, state)
+
+
+def _moved(name: str, tensor: Any, to: str) -> Swap:
+    """The same tensor under another name."""
+    return Swap(name, tensor, (New(to, tensor, Kept()),))
+
+
+def _attention_swaps(name: str, old: nn.MultiheadAttention, new: nn.Module, now: _Given | None) -> list[Swap]:
+    swaps: list[Swap] = []
+    packed: dict[str, list[New]] = {"weight": [], "bias": []}
+    size = old.embed_dim
+    for index, part in enumerate(("q", "k", "v")):
+        child: Any = new._modules[part]
+        rows = (index * size, (index + 1) * size)
+        own = rows if old._qkv_same_embed_dim else None
+        if isinstance(child, Factored):
+            weights = list(_factors_of(name, part, f"{name}.{part}", child, now, own))
+            bias_at = f"{name}.{part}.{len(child) - 1}.bias"
+        else:
+            weights = [New(f"{name}.{part}.weight", child.weight, Kept(own))]
+            bias_at = f"{name}.{part}.bias"
+        if old._qkv_same_embed_dim:
+            packed["weight"] += weights
+        else:
+            swaps.append(Swap(f"{name}.{part}_proj_weight", getattr(old, f"{part}_proj_weight"), tuple(weights)))
+        if child.bias is not None:
+            packed["bias"].append(New(bias_at, child.bias, Kept(rows)))
+    for kind, news in packed.items():
+        if news:
+            swaps.append(Swap(f"{name}.in_proj_{kind}", getattr(old, f"in_proj_{kind}"), tuple(news)))
+    out: Any = new._modules["out"]
+    if isinstance(out, Factored):
+        weights = list(_factors_of(name, "out", f"{name}.out", out, now))
+        swaps.append(Swap(f"{name}.out_proj.weight", old.out_proj.weight, tuple(weights)))
+    else:
+        swaps.append(_moved(f"{name}.out_proj.weight", out.weight, f"{name}.out.weight"))
+    if old.out_proj.bias is not None:
+        at = f"{name}.out.{len(out) - 1}.bias" if isinstance(out, Factored) else f"{name}.out.bias"
+        swaps.append(_moved(f"{name}.out_proj.bias", old.out_proj.bias, at))
+    return swaps
+
+
+def _recurrent_swaps(name: str, old: nn.RNNBase, new: nn.Module, now: _Given | None) -> list[Swap]:
+    swaps: list[Swap] = []
+    for slot in recurrent.weight_slots(old):
+        child: Any = new._modules[slot]
+        weight, bias = getattr(old, slot), getattr(old, slot.replace("weight", "bias"), None)
+        prefix = f"{name}.{slot}"
+        if isinstance(child, Factored):
+            swaps.append(Swap(prefix, weight, tuple(_factors_of(name, slot, prefix, child, now))))
+            prefix = f"{prefix}.{len(child) - 1}"
+        else:
+            swaps.append(_moved(prefix, weight, f"{prefix}.weight"))
+        if bias is not None:
+            swaps.append(_moved(f"{name}.{slot.replace('weight', 'bias')}", bias, f"{prefix}.bias"))
+    return swaps
+
+
+# -------------------------------------------------------------------------------------------------------------- shrink
+def _apply_shrink(root: nn.Module, edit: Edit, journal: Journal) -> list[Swap]:
+    slices: dict[str, dict[str, Tensor]] = {}
+    attributes: dict[str, dict[str, Any]] = {}
+    for name, spec in edit["layers"].items():
+        parts = factored_parts_of(name, get_submodule_clean(root, name))
+        for part, ranks in spec.items():
+            if part not in parts:
+                raise CompressionError(f"the edit shrinks the factors of {name}.{part}, which this model does not have")
+            prefix, factored = parts[part]
+            try:
+                modules.check_ranks(factored.method_name, ranks, factored.shape, factored.groups)
+            except ValueError as error:
+                raise CompressionError(f"the edit cannot shrink {prefix!r}: {error}") from error
+            _plan_shrink(prefix, factored, ranks, slices, attributes)
+    return surgery.slice_tensors(root, slices, attributes, journal)
+
+
+def _plan_shrink(
+    prefix: str, factored: Factored, ranks: Sequence[int], slices: dict[str, dict[str, Tensor]],
+    attributes: dict[str, dict[str, Any]],
+) -> None:  # fmt: skip
+    """A rank lies between two small layers: outputs of one, inputs of the next."""
+    for index, (old, new) in enumerate(zip(factored.ranks, ranks, strict=True)):
+        groups = factored.groups
+        blocks = torch.arange(groups)[:, None] * old + torch.arange(new)
+        for position, side in ((index, "out"), (index + 1, "in")):
+            layer = f"{prefix}.{position}"
+            small = factored[position]
+            embeds = isinstance(small, nn.Embedding)
+            dim = "1" if side == "in" or embeds else "0"
+            keep = torch.arange(new) if dim == "1" else blocks.flatten()
+            slices.setdefault(f"{layer}.weight", {})[dim] = keep
+            kind = "channels" if hasattr(small, "out_channels") else "features"
+            attribute = "embedding_dim" if embeds else f"{side}_{kind}"
+            attributes.setdefault(layer, {})[attribute] = groups * new
+
+
+surgery.register(REPLACE, _apply_replace)
+surgery.register(SHRINK, _apply_shrink)
+
+
+# ----------------------------------------------------------------------------------------------------- plain functions
+def apply_recorded(root: nn.Module, edits: Iterable[Edit]) -> None:
+    """Make edits outside of a fit and record them; all of them or none."""
+    journal, listed = Journal(), list(edits)
+    with surgery.edit(root, listed, journal=journal):
+        manifest.record(root, listed, journal)
+
+
+def compact(root: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Take directions out of a model's factors that are zero on both sides; it computes the same and is smaller.
+
+    What ``LowRank(mode="masked")`` does at the end of a fit where shapes may change; after training under FSDP this
+    function does it.
+
+    Args:
+        root: The model, changed in place; the edit is recorded.
+
+    Returns:
+        The ranks of what became smaller, by name.
+    """
+    layers: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, parts in factored_parts(root).items():
+        for part, (_, factored) in parts.items():
+            ranks = used_ranks(factored)
+            if ranks != factored.ranks:
+                layers.setdefault(name, {})[part] = ranks
+    if layers:
+        apply_recorded(root, [shrink_edit(layers)])
+    return {unit_name(n, p): ranks for n, s in layers.items() for p, ranks in s.items()}
+
+
+def unit_name(layer: str, part: str) -> str:
+    """How a unit is called."""
+    return Unit(layer, part, "svd", ()).name
+
+
+def used_ranks(factored: Factored) -> tuple[int, ...]:
+    """The ranks without trailing directions that are zero wherever they appear; at least 1."""
+    found = []
+    factors = [factor.detach() for factor in factored.factors]
+    for places in METHODS[factored.method_name].rank_dims():
+        used = torch.zeros(factors[places[0][0]].shape[places[0][1]], dtype=torch.bool)
+        for factor, dim in places:
+            others = [d for d in range(factors[factor].dim()) if d != dim]
+            used |= (factors[factor] != 0).cpu().amax(others) if others else (factors[factor] != 0).cpu()
+        found.append(int(used.nonzero().max()) + 1 if bool(used.any()) else 1)
+    return tuple(found)
