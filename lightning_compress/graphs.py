@@ -5,14 +5,15 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.export.graph_signature import ConstantArgument
+from torch.utils._pytree import tree_leaves, tree_map, tree_structure
 
 from lightning_compress import manifest as manifests
 from lightning_compress.errors import CompressionError
@@ -122,7 +123,11 @@ def _free_batch(
 
 
 def write_onnx(
-    program: torch.export.ExportedProgram, path: Path, metadata: Mapping[str, str], opset_version: int | None = None
+    program: torch.export.ExportedProgram,
+    path: Path,
+    metadata: Mapping[str, str],
+    opset_version: int | None = None,
+    translations: Mapping[Callable[..., Any], Any] | None = None,
 ) -> None:
     """Write a graph as an ONNX file, with its weights inside unless they are too large for that.
 
@@ -131,15 +136,42 @@ def write_onnx(
         path: The file.
         metadata: Text to keep in it, by name.
         opset_version: Of ONNX; default: the exporter's.
+        translations: Functions of onnxscript for operators that the exporter does not know.
 
     Raises:
         CompressionError: An operator has no equivalent.
     """
+    program = _without_constant_outputs(program)
     size = sum(t.numel() * t.element_size() for t in (*program.state_dict.values(), *program.constants.values()))
     try:
-        onnx_program = torch.onnx.export(program, dynamo=True, verbose=False, opset_version=opset_version)
+        onnx_program = torch.onnx.export(
+            program,
+            dynamo=True,
+            verbose=False,
+            opset_version=opset_version,
+            custom_translation_table=None if translations is None else dict(translations),
+        )
     except torch.onnx.errors.OnnxExporterError as error:
         raise CompressionError(f"ONNX has no equivalent for this model: {error}") from error
     assert onnx_program is not None  # what `dynamo=True` promises; for the type checker
     onnx_program.model.metadata_props.update(metadata)
     onnx_program.save(str(path), external_data=size > _ONNX_INLINE_LIMIT)
+
+
+def _without_constant_outputs(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """A program that returns tensors only: the exporter fails on numbers among the results."""
+    specs = program.graph_signature.output_specs
+    keep = [not isinstance(spec.arg, ConstantArgument) or spec.arg.value is None for spec in specs]
+    if all(keep):
+        return program
+    program = copy.deepcopy(program)
+    output = program.graph.output_node()
+    results: Any = output.args[0]
+    output.args = (tuple(result for result, kept in zip(results, keep, strict=True) if kept),)
+    signature = program.graph_signature
+    signature.output_specs[:] = [spec for spec, kept in zip(signature.output_specs, keep, strict=True) if kept]
+    called = program.module_call_graph[0].signature
+    assert called is not None  # of the whole program it is always known
+    called.out_spec = tree_structure((0,) * sum(keep))
+    program.graph_module.recompile()
+    return program

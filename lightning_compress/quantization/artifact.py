@@ -21,6 +21,7 @@ from lightning_compress.encoding import decode, encode
 from lightning_compress.errors import CompressionError
 from lightning_compress.nested import tensors_in
 from lightning_compress.probe import ExampleCall, from_example_inputs
+from lightning_compress.quantization.dynamic import onnx_translations
 from lightning_compress.quantization.lowering import lower
 from lightning_compress.quantization.runtimes import Runner, Runtime, compile_program
 from lightning_compress.writing import PathLike, require, whole
@@ -188,9 +189,8 @@ class Int8Artifact:
         target = Path(path)
         record = encode({"version": VERSION, "metadata": dict(self.metadata)})
         with whole(target) as partial:
-            graphs.write_onnx(
-                self.program, partial, {manifests.KEY: encode(self.manifest), _ENTRY: record}, opset_version
-            )
+            entries = {manifests.KEY: encode(self.manifest), _ENTRY: record}
+            graphs.write_onnx(self.program, partial, entries, opset_version, onnx_translations())
         return target
 
     def size(self, path: PathLike | None = None) -> int:

@@ -37,13 +37,7 @@ def without_saturation(program: torch.export.ExportedProgram) -> tuple[torch.exp
         >>> without_saturation(safe)[1]
         ()
     """
-    signature = program.graph_signature
-    buffers = {**signature.inputs_to_buffers, **signature.inputs_to_parameters}
-    weights = {
-        (buffers[node.args[0].name], buffers[node.args[1].name]): int(node.args[3])
-        for node in program.graph.nodes
-        if _is_weight(node) and node.args[0].name in buffers and node.args[1].name in buffers
-    }
+    weights = _weights(program)
     wide = {names: axis for names, axis in weights.items() if _most(program.state_dict[names[0]], axis) > _SAFE}
     if not wide:
         return program, ()
@@ -54,8 +48,25 @@ def without_saturation(program: torch.export.ExportedProgram) -> tuple[torch.exp
     return program, tuple(codes for codes, _ in wide)
 
 
-def _is_weight(node: fx.Node) -> bool:
-    return node.target is DEQUANTIZE_CHANNELS and any(user.target in LAYERS for user in node.users)
+def _weights(program: torch.export.ExportedProgram) -> dict[tuple[str, str], int]:
+    """Names of the codes and the scales of layers' weights, and the dimension that has a scale for each index."""
+    signature = program.graph_signature
+    buffers = {**signature.inputs_to_buffers, **signature.inputs_to_parameters}
+    found: dict[tuple[str, str], int] = {}
+    for node in program.graph.nodes:
+        codes, scale, axis = _parts(node)
+        if codes in buffers and scale in buffers:
+            found[buffers[codes], buffers[scale]] = axis
+    return found
+
+
+def _parts(node: fx.Node) -> tuple[str, str, int]:
+    """Codes, scales and their dimension, if a node reads a weight."""
+    if node.target is DEQUANTIZE_CHANNELS and any(user.target in LAYERS for user in node.users):
+        codes, scale, axis = node.args[0], node.args[1], node.args[3]
+        assert isinstance(axis, int)
+        return str(codes), str(scale), axis
+    return "", "", 0
 
 
 def _pairs(codes: Tensor, axis: int) -> Tensor:

@@ -27,8 +27,10 @@ from lightning_compress.writing import require
 Run = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
 _PASSES = "torchao.quantization.pt2e.quantizer.x86_inductor_quantizer"  # importing it registers them
-_PYTHON = re.compile(r"torch\.ops\.onednn\.(q\w+)(?:\.\w+)?\(")
-_CPP = re.compile(r"aoti_torch_cpu__(q(?:conv|linear)\w*?)(?:_tensor|_binary_tensor)?\(")
+_PYTHON = re.compile(r"(?:torch\.ops\.onednn\.(?=q)|extern_kernels\.(?=_int_mm))(\w+)(?:\.\w+)?\(")
+_CPP = re.compile(
+    r"aoti_torch_cpu_(?:_(?=q)|(?=_int_mm))((?:q(?:conv|linear)|_int_mm)\w*?)(?:_out|_tensor|_binary_tensor)?\("
+)
 _FLOAT_PYTHON = re.compile(r"(?:torch\.ops\.mkldnn\._|extern_kernels\.)((?:convolution|linear|mm|addmm|bmm)\w*)")
 _FLOAT_CPP = re.compile(r"aoti_torch_cpu_(?:mkldnn__)?((?:convolution|linear|mm|addmm|bmm)\w*)\(")
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_compress.graphs import write_onnx
+from lightning_compress.quantization.dynamic import onnx_translations
 from lightning_compress.writing import require
 
 Run = Callable[[Sequence[Tensor]], Sequence[Tensor]]
@@ -28,7 +29,7 @@ _OPENVINO_PASSIVE = ("Input", "Output", "Const", "Reorder", "Reshape", "Transpos
 def _onnx_file(program: torch.export.ExportedProgram) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
-        write_onnx(program, path, {})
+        write_onnx(program, path, {}, translations=onnx_translations())
         yield path
 
 

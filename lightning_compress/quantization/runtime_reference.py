@@ -62,7 +62,7 @@ class ReferenceExecutor(fx.Interpreter):
         if n.target in (DEQUANTIZE, DEQUANTIZE_CHANNELS):
             stored, *rest = super().fetch_args_kwargs_from_env(n)[0]
             return _codes(n.target, stored, *rest)
-        if is_integer(n):
+        if is_integer(n) and n.target is not _aten._int_mm.default:  # which is exact as it is
             args, kwargs = map_arg((n.args, n.kwargs), self.env.__getitem__)
             return _layer(n, args, kwargs)
         return super().run_node(n)
@@ -78,6 +78,8 @@ class ReferenceExecutor(fx.Interpreter):
 
 def is_integer(node: fx.Node) -> bool:
     """Whether a node is a convolution, a linear layer or a product of two 8-bit tensors."""
+    if node.target is _aten._int_mm.default:
+        return True
     if node.op != "call_function" or node.target not in (*LAYERS, *_PRODUCTS):
         return False
     operands = node.args[:2]

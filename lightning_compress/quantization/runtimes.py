@@ -150,7 +150,7 @@ def _build(graph: torch.export.ExportedProgram, runtime: str, threads: int, path
 
 
 def _nothing_integer(graph: torch.export.ExportedProgram, runtime: str) -> str:
-    if not any(is_quantize(node) for node in graph.graph.nodes):
+    if not any(is_quantize(node) or node.target is torch.ops.aten._int_mm.default for node in graph.graph.nodes):
         return (
             "the program has no quantized tensors, so nothing of it is integer; lower a quantized model, or pass "
             "`allow_float=True` to run it as it is"
@@ -164,8 +164,9 @@ def _nothing_integer(graph: torch.export.ExportedProgram, runtime: str) -> str:
             + (". torchao's passes may not fit this PyTorch: upgrade torchao" if _is_x86() else "")
         )
     return (
-        f"{runtime} runs no operator of the integer graph with integers, so it would be slower than the floating-point "
-        "model; the graph has no convolution or linear layer with an 8-bit input"
+        f"{runtime} runs no operator of this integer graph with integers, so it would be slower than the "
+        "floating-point model. OpenVINO computes dynamic activations in floating point: use static ones, or "
+        "runtime='onnxruntime'; otherwise the graph has no convolution or linear layer with an 8-bit input"
     )
 
 
