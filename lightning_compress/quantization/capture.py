@@ -98,7 +98,7 @@ def _run_to(model: nn.Module, call: ExampleCall) -> None:
 
 
 class _Means:
-    """Running means of output channels, and of their squares and differences, in float64."""
+    """Running means of output channels, in float64."""
 
     def __init__(self) -> None:
         self.total: Tensor | None = None
@@ -121,6 +121,8 @@ class _Means:
 def output_means(model: nn.Module, names: Collection[str], calls: Sequence[ExampleCall]) -> dict[str, Tensor]:
     """Mean of each output channel of layers over all calls, in one pass; float64, shape (channels,).
 
+    Layers that are not called are left out.
+
     Args:
         model: The model; left as it was.
         names: Clean names of the layers.
@@ -133,7 +135,7 @@ def output_means(model: nn.Module, names: Collection[str], calls: Sequence[Examp
             hooks.callback(module.register_forward_hook(_adding(means[name])).remove)
         for call in calls:
             call.run(model)
-    return {name: mean.value() for name, mean in means.items()}
+    return {name: mean.value() for name, mean in means.items() if mean.count}
 
 
 def _adding(mean: _Means) -> Any:

@@ -72,7 +72,9 @@ def correct_biases(
     places, skipped = _places(model, calls[0], names)
     wanted = output_means(reference, list(places), calls)
     shifts: dict[str, float] = {}
-    for name in (n for n in runs if n in places):
+    for name in places.keys() - (runs.keys() & wanted.keys()):
+        skipped[name] = "it is not called in the calibration calls, or the layer around it reads its weight directly"
+    for name in (n for n in runs if n in wanted):
         shift = wanted[name] - output_mean(model, name, calls, runs[name])
         if not bool(shift.isfinite().all()):
             raise CompressionError(f"the outputs of {name!r} on calibration data have NaN or infinite values")

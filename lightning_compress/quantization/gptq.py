@@ -49,12 +49,12 @@ def gptq(
         CompressionError: If the Hessian is not finite, or stays indefinite.
 
     Example:
-        >>> weight, grid = torch.tensor([[0.4, 0.4]]), Grid(torch.tensor(1.0), torch.tensor(0.0), -8, 7)
+        >>> weight, grid = torch.tensor([[0.4, 0.4]]), Grid.of(torch.tensor(1.0), -8, 7)
         >>> gptq(weight, torch.ones(2, 2), grid), gptq(weight, torch.eye(2), grid)
         (tensor([[0., 1.]]), tensor([[0., 0.]]))
     """
     if weight.dim() == 2:
-        flat = grid.like(weight).map((1, *weight.shape))
+        flat = grid.like(weight).map(lambda each: each[None])
         found: Tensor = gptq(
             weight[None], hessian[None], flat, damping=damping, block=block, act_order=act_order, dtype=dtype
         )[0]  # fmt: skip
@@ -66,12 +66,12 @@ def gptq(
         raise ValueError(f"damping is positive and block at least 1; got {damping!r} and {block!r}")
     if not bool(hessian.isfinite().all()):
         raise CompressionError("the layer's inputs have NaN or infinite values, so nothing can be learned from them")
-    left, exact, every = weight.to(dtype), hessian.to(dtype), grid.to(dtype).like(weight)
+    left, exact, every = weight.to(dtype), hessian.to(dtype), grid.like(weight).map(lambda each: each.to(dtype))
     order = torch.arange(inputs, device=weight.device).expand(groups, -1)
     if act_order:
         order = exact.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
     factor = _factor(_permuted(exact, order), damping)
-    codes = _solve(_columns(left, order), factor, _ordered(every, order), block)
+    codes = _solve(_columns(left, order), factor, every.map(lambda each: _columns(each, order)), block)
     codes = _columns(codes, order.argsort(dim=1))
     nearest = every.nearest(left)
     better = row_errors(every.values(codes) - left, exact) < row_errors(every.values(nearest) - left, exact)
@@ -97,10 +97,6 @@ def _permuted(hessian: Tensor, order: Tensor) -> Tensor:
     return _columns(_columns(hessian, order).transpose(1, 2), order)
 
 
-def _ordered(grid: Grid, order: Tensor) -> Grid:
-    return Grid(_columns(grid.scale, order), _columns(grid.zero_point, order), grid.low, grid.high)
-
-
 def _factor(hessian: Tensor, damping: float) -> Tensor:
     """Upper Cholesky factor of the inverse."""
     diagonal = hessian.diagonal(dim1=1, dim2=2)
@@ -113,7 +109,8 @@ def _factor(hessian: Tensor, damping: float) -> Tensor:
         if not bool(info.any()):
             upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if not bool(info.any()):
-                return upper
+                found: Tensor = upper
+                return found
     raise CompressionError(
         f"the Hessian of the layer's inputs stays indefinite with a damping of {damping * 10 ** (_TRIES - 1):g}; "
         "use more calibration data, or exclude the layer"
@@ -128,7 +125,7 @@ def _solve(left: Tensor, factor: Tensor, grid: Grid, block: int) -> Tensor:
         errors = torch.empty_like(left[..., start:stop])
         for column in range(start, stop):
             at = (..., column)
-            one = Grid(grid.scale[at], grid.zero_point[at], grid.low, grid.high)
+            one = Grid(grid.scale[at], grid.zero_point[at], grid.low[at], grid.high[at])
             codes[at] = one.nearest(left[at])
             error = (left[at] - one.values(codes[at])) / factor[:, column, column, None]
             left[..., column:stop] -= error[..., None] * factor[:, column, None, column:stop]

@@ -97,8 +97,8 @@ def adaround(
         CompressionError: If there are no data, or they hold NaN.
 
     Example:
-        >>> grid = Grid(torch.tensor(1.0), torch.tensor(0.0), -8, 7)
-        >>> inputs, weight = torch.ones(16, 2), torch.tensor([[0.45, 0.45]])
+        >>> grid = Grid.of(torch.tensor(1.0), -8, 7)
+        >>> inputs, weight = torch.ones(16, 2), torch.tensor([[0.4, 0.45]])
         >>> layer = torch.nn.functional.linear
         >>> adaround(layer, weight, grid, [(inputs, layer(inputs, weight))]).sum()
         tensor(1.)
@@ -107,7 +107,7 @@ def adaround(
     if not data:
         raise CompressionError("learned rounding needs the layer's inputs and outputs on calibration data; found none")
     kept = weight.detach().float() if weight.dtype in (torch.float16, torch.bfloat16) else weight.detach()
-    every = grid.to(kept.dtype)
+    every = grid.like(kept).map(lambda each: each.to(kept.dtype))
     nearest = every.nearest(kept)
     with torch.no_grad():
         baseline = channel_errors(layer, every.values(nearest), data, channel)

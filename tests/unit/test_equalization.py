@@ -124,7 +124,7 @@ def test_per_tensor_rounding_loses_less_afterwards() -> None:
         rough = copy.deepcopy(model)
         for layer in (m for m in rough if isinstance(m, nn.Linear)):
             weight = layer.weight.data
-            grid = Grid(weight.abs().max() / 127, torch.zeros(()), -127, 127)
+            grid = Grid.of(weight.abs().max() / 127, -127, 127)
             layer.weight.data = grid.values(grid.nearest(weight))
         return float((rough(inputs) - wanted).detach().square().mean())
 

@@ -16,7 +16,7 @@ from lightning_compress.quantization.grids import Grid
 
 def grid_for(weight: Tensor, bits: int = 3) -> Grid:
     top = 2 ** (bits - 1) - 1
-    return Grid(weight.abs().amax(-1, keepdim=True) / top, torch.zeros(()), -top, top)
+    return Grid.of(weight.abs().amax(-1, keepdim=True) / top, -top, top)
 
 
 def problem(rows: int = 6, inputs: int = 10, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -82,7 +82,7 @@ def reference(weight: Tensor, hessian: Tensor, grid: Grid, damping: float) -> Te
 def test_it_is_optimal_brain_quantization_in_order() -> None:
     weight, hessian = problem(seed=3)
     grid = grid_for(weight)
-    wanted = reference(weight, hessian, Grid(grid.scale.double(), grid.zero_point.double(), -3, 3), 0.01)
+    wanted = reference(weight, hessian, grid.map(torch.Tensor.double), 0.01)
     codes = gptq(weight, hessian, grid)
     kept = (codes != grid.nearest(weight)).any(1)
     assert bool(kept.any())
@@ -92,7 +92,7 @@ def test_it_is_optimal_brain_quantization_in_order() -> None:
 def test_scales_of_groups_of_inputs() -> None:
     weight, hessian = problem(4, 12)
     scale = (weight.view(4, 3, 4).abs().amax(2) / 3).repeat_interleave(4, dim=1)
-    grid = Grid(scale, torch.zeros(()), -3, 3)
+    grid = Grid.of(scale, -3, 3)
     codes = gptq(weight, hessian, grid, act_order=True)
     assert bool((row_errors((grid.values(codes) - weight).double(), hessian)
                  <= row_errors((grid.values(grid.nearest(weight)) - weight).double(), hessian)).all())  # fmt: skip
@@ -119,7 +119,7 @@ def test_affine_grids_keep_zero() -> None:
     weight[:, 0] = 0
     low, high = weight.amin(1, keepdim=True), weight.amax(1, keepdim=True)
     scale = (high - low) / 7
-    grid = Grid(scale, (-low / scale).round(), 0, 7)
+    grid = Grid.of(scale, 0, 7, (-low / scale).round())
     codes = gptq(weight, torch.diag(hessian.diagonal()), grid)
     assert torch.equal(grid.values(codes)[:, 0], torch.zeros(6))
 

@@ -37,7 +37,7 @@ def problem(
         weight, inputs = torch.randn(5, 12, generator=generator), torch.rand(64, 12, generator=generator)
     top = 2 ** (bits - 1) - 1
     scale = weight.flatten(1).abs().amax(1).view(-1, *(1 for _ in weight.shape[1:])) / top
-    return weight, Grid(scale, torch.zeros(()), -top, top), [(part, layer(part, weight)) for part in inputs.split(24)]
+    return weight, Grid.of(scale, -top, top), [(part, layer(part, weight)) for part in inputs.split(24)]
 
 
 def test_the_rectified_sigmoid_and_its_inverse() -> None:
@@ -60,12 +60,13 @@ def test_every_code_is_next_to_its_weight_and_the_error_falls(layer: Callable[[T
 def test_it_finds_nearly_the_best_of_all_choices() -> None:
     generator = torch.Generator().manual_seed(1)
     weight, inputs = torch.randn(3, 8, generator=generator), torch.rand(40, 8, generator=generator)
-    grid = Grid(weight.abs().amax(1, keepdim=True) / 3, torch.zeros(()), -3, 3)
+    grid = Grid.of(weight.abs().amax(1, keepdim=True) / 3, -3, 3)
     data = [(inputs, F.linear(inputs, weight))]
     codes = adaround(F.linear, weight, grid, data, AdaRoundSettings(iterations=500))
     every = torch.tensor(list(itertools.product((0.0, 1.0), repeat=8)))
     for row in range(3):
-        rounded = grid.scale[row] * grid.clip(grid.below(weight)[row] + every)
+        own = grid.map(lambda each, row=row: each[row])
+        rounded = own.values(own.clip(own.below(weight[row]) + every))
         best = (F.linear(inputs, rounded) - data[0][1][:, [row]]).square().mean(0).min()
         assert channel_errors(F.linear, grid.values(codes), data)[row] < 2 * best + 1e-9
 
