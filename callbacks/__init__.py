@@ -9,6 +9,7 @@ if __name__ != "lightning_compress.callbacks":
 from lightning_compress.callbacks.base import CompressionCallback as CompressionCallback
 from lightning_compress.callbacks.channel_pruning import ChannelPruning as ChannelPruning
 from lightning_compress.callbacks.distillation import Distillation as Distillation
+from lightning_compress.callbacks.low_rank import LowRank as LowRank
 from lightning_compress.callbacks.monitor import CompressionMonitor as CompressionMonitor
 from lightning_compress.callbacks.post_training import PostTrainingQuantization as PostTrainingQuantization
 from lightning_compress.callbacks.pruning import Pruning as Pruning

@@ -28,6 +28,11 @@ _FIXED_SHAPES = (
     "it shards the parameters before training, so that shapes are fixed during `fit`. Three ways out: cut at the start "
     "(schedule='setup'), use masks (Pruning) now and cut in a second fit, or train with strategy='ddp'"
 )
+_FIXED_RANKS = Verdict(
+    "refused, three ways out",
+    "it shards the parameters before training, so that shapes are fixed during `fit`. Three ways out: choose ranks inside "
+    "fixed shapes (mode='masked'), switch at the start (schedule='setup'), or train with strategy='ddp'",
+)
 _DEEPSPEED = (
     "it keeps fp32 master copies and accumulation of its own, which would overwrite every change. Use strategy='ddp', "
     "or ModelParallelStrategy for sharding"
@@ -51,6 +56,13 @@ CAPABILITIES: dict[str, dict[Kind, Verdict]] = {
     },
     "structure, at the start or from a checkpoint": {
         "single": _YES, "ddp": _YES, "fsdp2": _YES, "fsdp1": _YES, "deepspeed": Verdict("ZeRO 1-2, not run"),
+    },
+    "low rank, mid-fit": {
+        "single": _YES, "ddp": Verdict("yes, re-wrapped"), "fsdp2": _FIXED_RANKS, "fsdp1": _FIXED_RANKS,
+        "deepspeed": Verdict("refused", _DEEPSPEED),
+    },
+    "low rank, masked": {
+        "single": _YES, "ddp": _YES, "fsdp2": _YES, "fsdp1": _YES, "deepspeed": Verdict("refused", _DEEPSPEED),
     },
     "quantization-aware training": {
         "single": _YES, "ddp": _YES, "fsdp2": _YES, "fsdp1": _LATER, "deepspeed": _LATER,

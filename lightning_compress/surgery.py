@@ -13,7 +13,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ ApplyEdit = Callable[[nn.Module, Edit, "Journal"], "list[Swap]"]
 # Reading a manifest in a fresh process must find the code behind an edit: the prefix of its kind names the technique.
 _TECHNIQUES = {
     "channels": "lightning_compress.pruning.channels",
-    "low_rank": "lightning_compress.low_rank.replacement",
+    "low_rank": "lightning_compress.low_rank.compaction",
     "quantization": "lightning_compress.quantization.attachment",
 }
 _KINDS: dict[str, ApplyEdit] = {}
@@ -267,6 +267,7 @@ def slice_tensors(
     return swaps
 
 
+@runtime_checkable
 class FollowingTransform(Protocol):
     """A transform with tensors of its own that have to be cut when the tensor that it transforms is cut."""
 
@@ -290,7 +291,7 @@ def _slices_of_transforms(
     for _, tensor, keep in planned:
         for owner, attribute, _ in owners_of(root, tensor):
             for transform in slots_of(owner).get(attribute, {}).values():
-                if isinstance(transform, nn.Module) and hasattr(transform, "following"):
+                if isinstance(transform, FollowingTransform):
                     prefix = names[id(transform)]
                     for own, dims in transform.following(keep).items():
                         found[clean_name(f"{prefix}.{own}")] = {str(d): index for d, index in dims.items()}

@@ -16,7 +16,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
 import lightning_compress as lc
 from lightning_compress import manifest
-from lightning_compress.callbacks import ChannelPruning, Distillation, Pruning, QuantizationAwareTraining
+from lightning_compress.callbacks import ChannelPruning, Distillation, LowRank, Pruning, QuantizationAwareTraining
 from lightning_compress.callbacks.base import CompressionCallback
 from lightning_compress.callbacks.strategies import StrategyAdapter
 from lightning_compress.callbacks.testing import CPUFSDPStrategy, TinyNet, rank, tiny_loader, weight_norm
@@ -94,6 +94,18 @@ TECHNIQUES: dict[str, Callable[[], list[CompressionCallback]]] = {
     "channels": lambda: [ChannelPruning(keep_macs=0.5, schedule=CUTS)],
     "channels at setup": lambda: [
         ChannelPruning(keep_macs=0.5, schedule="setup", example_inputs=torch.zeros(2, 1, 8, 8))
+    ],
+    "low rank": lambda: [LowRank("ratio", schedule=lc.Schedule(begin=5))],
+    "low rank, automatic": lambda: [
+        LowRank("ratio", when="auto", schedule=lc.Schedule(begin=1, end=10, every=1), window=2, tolerance=0.05)
+    ],
+    "low rank, masked": lambda: [LowRank("ratio", schedule=lc.Schedule(begin=5), mode="masked")],
+    "low rank at setup": lambda: [LowRank("ratio", schedule="setup")],
+    "low rank, decay": lambda: [
+        LowRank("ratio", schedule=lc.Schedule(begin=5), mode="masked", compact=False, frobenius_decay=0.1, rewarm=4)
+    ],
+    "low rank, fixed shapes": lambda: [
+        LowRank("ratio", schedule=lc.Schedule(begin=5), mode="masked", compact=False)
     ],
     "distillation": lambda: [Distillation(teacher(), losses=[lc.KD(temperature=2.0)])],
     "scheduled": lambda: [

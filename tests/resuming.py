@@ -26,6 +26,7 @@ from lightning_compress.callbacks import (
     ChannelPruning,
     Distillation,
     ExactResume,
+    LowRank,
     Pruning,
     QuantizationAwareTraining,
 )
@@ -37,6 +38,7 @@ EPOCHS, BATCHES = 3, 4
 STEPS = EPOCHS * BATCHES
 MASKS = lc.Schedule(begin=3, end=9, every=3)
 CUTS = lc.Schedule(begin=2, end=10, every=4)
+RANKS, CHECKS = lc.Schedule(begin=4), lc.Schedule(begin=1, end=8, every=1)
 # Observes from step 1, quantizes from 4, keeps its ranges from 8 and BatchNorm's statistics from 9.
 QAT: dict[str, Any] = {"schedule": lc.Schedule(begin=4), "observe": 3, "freeze_ranges": 8, "freeze_batch_norm": 9}
 
@@ -121,6 +123,11 @@ TECHNIQUES: dict[str, Make] = {
     "channels at setup": lambda folder: [
         ChannelPruning(keep_macs=0.5, schedule="setup", example_inputs=torch.zeros(2, 1, 8, 8))
     ],
+    "low rank": lambda folder: [LowRank("ratio", schedule=RANKS, optimizer_state="project", rewarm=3)],
+    "low rank, automatic": lambda folder: [LowRank(when="auto", schedule=CHECKS, window=2, tolerance=0.2, energy=0.4)],
+    "low rank, masked": lambda folder: [LowRank("ratio", schedule=RANKS, mode="masked", frobenius_decay=0.01)],
+    "low rank, averaged": lambda folder: [LowRank("ratio", schedule=RANKS), EMAWeightAveraging(decay=0.9)],
+    "low rank, masks": lambda folder: [LowRank("ratio", schedule=RANKS), Pruning(0.8, schedule=MASKS)],
     "teacher, module": lambda folder: [Distillation(fits.teacher())],
     "teacher, path": lambda folder: [Distillation(saved_teacher(folder))],
     "teacher, initial": lambda folder: [Distillation("initial")],
@@ -141,8 +148,9 @@ TECHNIQUES: dict[str, Make] = {
     "everything, averaged": lambda folder: [*_everything(folder), EMAWeightAveraging(decay=0.9)],
 }  # fmt: skip
 CUTTING = {"lsq, channels, averaged", "channels", "channels at setup", "everything", "everything, averaged"}
+FACTORING = {name for name in TECHNIQUES if name.startswith("low rank")}
 QUANTIZING = {"int8", "lsq", "percentile", "lsq, channels, averaged"}
-MASKING = {"masks", "masks by percent", "soft masks", "2:4", "everything", "everything, averaged"}
+MASKING = {"masks", "masks by percent", "soft masks", "2:4", "everything", "everything, averaged", "low rank, masks"}
 
 
 class Stop(L.Callback):

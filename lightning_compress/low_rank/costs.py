@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from lightning_compress.cost import count_macs
 from lightning_compress.isolation import as_found, isolated_rng
 from lightning_compress.low_rank.attention import LowRankMultiheadAttention
 from lightning_compress.low_rank.factorization import Ranks
@@ -48,11 +49,13 @@ class Observation:
         geometry: By layer and part.
         arguments: The arguments of the first call of each layer.
         order: Layers in the order in which they first ran.
+        macs: Multiply-accumulates of the whole call.
     """
 
     geometry: dict[tuple[str, str], Geometry] = field(default_factory=dict)
     arguments: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
     order: list[str] = field(default_factory=list)
+    macs: int = 0
 
 
 def observe(root: nn.Module, call: ExampleCall, layers: Collection[str], keep_arguments: bool = False) -> Observation:
@@ -91,6 +94,7 @@ def observe(root: nn.Module, call: ExampleCall, layers: Collection[str], keep_ar
             if clean in layers:
                 hooks.callback(listen(clean, module).remove)
         call.run(root)
+    seen.macs = count_macs(root, call).total
     return seen
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from lightning_compress.cost import count_macs, count_parameters
+from lightning_compress.cost import count_parameters
 from lightning_compress.errors import CompressionError
 from lightning_compress.low_rank import costs, latency, ranks
 from lightning_compress.low_rank.budgets import Option, solve
@@ -57,6 +57,8 @@ class Context:
         covariances: Of the inputs of units, for whitening.
         scales: Of stable ranks, by unit.
         table: Measured seconds, see `latency.measure_table`.
+        present: Units that are factors already, and their ranks; they count as dense in what the model costs.
+        parameters: Of the whole model now, where it holds only parts of them.
     """
 
     root: nn.Module
@@ -66,6 +68,8 @@ class Context:
     covariances: Mapping[str, Tensor] = field(default_factory=dict)
     scales: Mapping[str, Sequence[float]] = field(default_factory=dict)
     table: Mapping[str, Any] | None = None
+    present: Mapping[Unit, Ranks] = field(default_factory=dict)
+    parameters: int | None = None
 
     def geometry(self, unit: Unit) -> Geometry | None:
         """How the example call uses a unit; ``None`` without an example or if it never ran."""
@@ -83,6 +87,7 @@ class Plan:
         asked: The share that a budget asked for.
         reached: The share that is reached.
         ratios: Measured time with factors by time without, by layer.
+        table: What `latency.measure_table` has measured.
     """
 
     chosen: dict[Unit, Ranks] = field(default_factory=dict)
@@ -91,6 +96,7 @@ class Plan:
     asked: dict[str, float] = field(default_factory=dict)
     reached: dict[str, float] = field(default_factory=dict)
     ratios: dict[str, float] = field(default_factory=dict)
+    table: Mapping[str, Any] | None = None
 
     @property
     def layers(self) -> dict[str, dict[str, dict[str, Any]]]:
@@ -121,7 +127,8 @@ def make_plan(units: Sequence[Unit], kept: Mapping[str, str], settings: Settings
         if not slow:
             break
         left = [unit for unit in left if unit.layer not in slow]
-    for unit, found in chosen.items():
+    for unit, wanted in chosen.items():
+        found = tuple(min(r, m) for r, m in zip(wanted, context.present.get(unit, wanted), strict=True))
         try:
             covariance = context.covariances.get(unit.name) if unit.algebra.whitens else None
             factors = unit.algebra.factorize(context.weight_of(unit).cpu(), found, unit.groups, covariance)
@@ -151,6 +158,29 @@ def _usable(units: Sequence[Unit], context: Context, plan: Plan) -> list[Unit]:
 def _values(unit: Unit, context: Context) -> tuple[Tensor, ...]:
     weight = context.weight_of(unit).cpu()
     return unit.algebra.values(weight, unit.groups, context.covariances.get(unit.name))
+
+
+def check_reachable(units: Sequence[Unit], settings: Settings, context: Context) -> None:
+    """Refuse a budget that no ranks can meet, before any training is spent on it.
+
+    Raises:
+        CompressionError: With what is reachable.
+    """
+    options = {}
+    for unit in units:
+        if context.seen is None or context.geometry(unit) is not None:
+            every = [None, *_worth(unit, settings, context)]
+            options[unit.name] = [Option(found, _cost(unit, found, settings, context) or 0.0, 0.0) for found in every]
+    total = model_cost(settings, context)
+    fixed = total - sum(every[0].cost for every in options.values())
+    solve(options, fixed, settings.keep * total, settings.budget or "")
+
+
+def _worth(unit: Unit, settings: Settings, context: Context) -> list[Ranks]:
+    """All ranks that may be chosen."""
+    steps = _steps(unit, settings.multiple_of)
+    geometry = context.geometry(unit)
+    return [found for found in steps if costs.why_not_worth(unit, found, settings.min_gain, geometry) is None]
 
 
 # --------------------------------------------------------------------------------------------------------------- rules
@@ -201,10 +231,9 @@ def _budgeted(units: Sequence[Unit], settings: Settings, context: Context, plan:
             plan.kept[unit.name] = "it cannot be timed by itself"
             continue
         options[unit.name] = [Option(None, dense, 0.0)]
-        for found in _steps(unit, settings.multiple_of):
-            if costs.why_not_worth(unit, found, settings.min_gain, context.geometry(unit)) is None:
-                cost = _cost(unit, found, settings, context)
-                options[unit.name].append(Option(found, float(cost or 0), ranks.lost_energy(values, found)))
+        for found in _worth(unit, settings, context):
+            cost = float(_cost(unit, found, settings, context) or 0)
+            options[unit.name].append(Option(found, cost, ranks.lost_energy(values, found)))
     total = model_cost(settings, context)
     fixed = total - sum(every[0].cost for every in options.values())
     solved = solve(options, fixed, settings.keep * total, settings.budget or "")
@@ -233,20 +262,35 @@ def _cost(unit: Unit, found: Ranks | None, settings: Settings, context: Context)
 
 
 def model_cost(settings: Settings, context: Context) -> float:
-    """What the whole model costs now, in the unit of the budget.
+    """What the whole model costs without factors, in the unit of the budget.
 
     Raises:
         CompressionError: If that needs an example call and there is none.
     """
     if settings.budget == "parameters":
-        return count_parameters(context.root)
-    if context.call is None:
+        return _dense_parameters(context)
+    if context.call is None or context.seen is None:
         raise CompressionError(
             f"a budget of {settings.budget} needs an example call of the model; pass example_inputs="
         )
     if settings.budget == "macs":
-        return count_macs(context.root, context.call).total
+        return _dense_macs(context)
     return float((context.table or {})["model"])
+
+
+def _dense_parameters(context: Context) -> int:
+    more = sum(costs.parameters(unit, None) - costs.parameters(unit, now) for unit, now in context.present.items())
+    return (count_parameters(context.root) if context.parameters is None else context.parameters) + more
+
+
+def _dense_macs(context: Context) -> int:
+    assert context.seen is not None
+    total = context.seen.macs
+    for unit, now in context.present.items():
+        geometry = context.geometry(unit)
+        if geometry is not None:
+            total += costs.macs(unit, None, geometry) - costs.macs(unit, now, geometry)
+    return total
 
 
 # --------------------------------------------------------------------------------------------------------------- probe
@@ -269,7 +313,7 @@ def _slower(chosen: Mapping[Unit, Ranks], settings: Settings, context: Context, 
 
 def _sum_up(plan: Plan, units: Sequence[Unit], settings: Settings, context: Context) -> None:
     """Shares of the whole model's parameters, and of what a budget asked for."""
-    total = count_parameters(context.root)
+    total = _dense_parameters(context)
     saved = sum(costs.parameters(unit, None) - costs.parameters(unit, found) for unit, found in plan.chosen.items())
     plan.reached["parameters"] = 1 - saved / max(total, 1)
     if context.call is not None and context.seen is not None:
@@ -278,7 +322,7 @@ def _sum_up(plan: Plan, units: Sequence[Unit], settings: Settings, context: Cont
             geometry = context.geometry(unit)
             assert geometry is not None
             saved += costs.macs(unit, None, geometry) - costs.macs(unit, found, geometry)
-        plan.reached["macs"] = 1 - saved / max(count_macs(context.root, context.call).total, 1)
+        plan.reached["macs"] = 1 - saved / max(_dense_macs(context), 1)
     if settings.budget:
         plan.asked[settings.budget] = settings.keep
         if settings.budget == "latency":

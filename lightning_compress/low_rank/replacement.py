@@ -8,31 +8,29 @@ model get factors of their own on the same basis, since averages of factors of d
 from __future__ import annotations
 
 import contextvars
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
-from lightning_compress import manifest, recurrent, surgery
+from lightning_compress import recurrent, surgery
 from lightning_compress.errors import CompressionError
 from lightning_compress.low_rank import modules
 from lightning_compress.low_rank.attention import LowRankMultiheadAttention, split_projections
-from lightning_compress.low_rank.factorization import METHODS
 from lightning_compress.low_rank.modules import Factored
 from lightning_compress.low_rank.recurrent import LowRankRecurrent, split_weights
 from lightning_compress.low_rank.states import Kept, Projected
-from lightning_compress.low_rank.units import Unit, factored_parts, factored_parts_of, unit_of, weight_of
+from lightning_compress.low_rank.units import factored_parts_of, unit_of, weight_of
 from lightning_compress.surgery import Edit, Journal, New, Swap
 from lightning_compress.targets import get_submodule_clean
 
-REPLACE, SHRINK = "low_rank.replace", "low_rank.shrink"
+REPLACE = "low_rank.replace"
 Spec = Mapping[str, Mapping[str, Any]]  # {part: {"method": str, "ranks": [int, ...]}}
 Factors = Mapping[str, Mapping[str, Sequence[Tensor]]]  # {layer: {part: factors}}
 StateMode = Literal["restart", "project"]
-_HOOKS = (
+HOOKS = (
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks",
 )  # fmt: skip
@@ -77,14 +75,6 @@ def replace_edit(layers: Mapping[str, Spec]) -> Edit:
     return {"kind": REPLACE, "layers": plain}
 
 
-def shrink_edit(layers: Mapping[str, Mapping[str, Sequence[int]]]) -> Edit:
-    """The edit that keeps the first directions of factors: ``{layer: {part: ranks}}``."""
-    return {
-        "kind": SHRINK,
-        "layers": {n: {p: [int(r) for r in ranks] for p, ranks in s.items()} for n, s in layers.items()},
-    }
-
-
 # ------------------------------------------------------------------------------------------------------------- replace
 def factored_layer(module: nn.Module, spec: Spec) -> nn.Module:
     """What takes the place of a dense layer, with fresh values.
@@ -126,7 +116,7 @@ def _apply_replace(root: nn.Module, edit: Edit, journal: Journal) -> list[Swap]:
                     dense = weight_of(root, unit)
                     wanted = unit.algebra.refit([f.to(dense.device) for f in wanted], dense, unit.groups)
                 modules.fill(factored, wanted)
-        for registry in _HOOKS:  # the same registries, so that handles work on
+        for registry in HOOKS:  # the same registries, so that handles work on
             if getattr(old, registry):
                 new.__dict__[registry] = _with_ours(getattr(old, registry), getattr(new, registry))
         swaps += surgery.replace_module(root, name, new, _swaps(name, old, new, spec, now), journal)
@@ -232,92 +222,4 @@ def _recurrent_swaps(name: str, old: nn.RNNBase, new: nn.Module, now: _Given | N
     return swaps
 
 
-# -------------------------------------------------------------------------------------------------------------- shrink
-def _apply_shrink(root: nn.Module, edit: Edit, journal: Journal) -> list[Swap]:
-    slices: dict[str, dict[str, Tensor]] = {}
-    attributes: dict[str, dict[str, Any]] = {}
-    for name, spec in edit["layers"].items():
-        parts = factored_parts_of(name, get_submodule_clean(root, name))
-        for part, ranks in spec.items():
-            if part not in parts:
-                raise CompressionError(f"the edit shrinks the factors of {name}.{part}, which this model does not have")
-            prefix, factored = parts[part]
-            try:
-                modules.check_ranks(factored.method_name, ranks, factored.shape, factored.groups)
-            except ValueError as error:
-                raise CompressionError(f"the edit cannot shrink {prefix!r}: {error}") from error
-            _plan_shrink(prefix, factored, ranks, slices, attributes)
-    return surgery.slice_tensors(root, slices, attributes, journal)
-
-
-def _plan_shrink(
-    prefix: str, factored: Factored, ranks: Sequence[int], slices: dict[str, dict[str, Tensor]],
-    attributes: dict[str, dict[str, Any]],
-) -> None:  # fmt: skip
-    """A rank lies between two small layers: outputs of one, inputs of the next."""
-    for index, (old, new) in enumerate(zip(factored.ranks, ranks, strict=True)):
-        groups = factored.groups
-        blocks = torch.arange(groups)[:, None] * old + torch.arange(new)
-        for position, side in ((index, "out"), (index + 1, "in")):
-            layer = f"{prefix}.{position}"
-            small = factored[position]
-            embeds = isinstance(small, nn.Embedding)
-            dim = "1" if side == "in" or embeds else "0"
-            keep = torch.arange(new) if dim == "1" else blocks.flatten()
-            slices.setdefault(f"{layer}.weight", {})[dim] = keep
-            kind = "channels" if hasattr(small, "out_channels") else "features"
-            attribute = "embedding_dim" if embeds else f"{side}_{kind}"
-            attributes.setdefault(layer, {})[attribute] = groups * new
-
-
 surgery.register(REPLACE, _apply_replace)
-surgery.register(SHRINK, _apply_shrink)
-
-
-# ----------------------------------------------------------------------------------------------------- plain functions
-def apply_recorded(root: nn.Module, edits: Iterable[Edit]) -> None:
-    """Make edits outside of a fit and record them; all of them or none."""
-    journal, listed = Journal(), list(edits)
-    with surgery.edit(root, listed, journal=journal):
-        manifest.record(root, listed, journal)
-
-
-def compact(root: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Take directions out of a model's factors that are zero on both sides; it computes the same and is smaller.
-
-    What ``LowRank(mode="masked")`` does at the end of a fit where shapes may change; after training under FSDP this
-    function does it.
-
-    Args:
-        root: The model, changed in place; the edit is recorded.
-
-    Returns:
-        The ranks of what became smaller, by name.
-    """
-    layers: dict[str, dict[str, tuple[int, ...]]] = {}
-    for name, parts in factored_parts(root).items():
-        for part, (_, factored) in parts.items():
-            ranks = used_ranks(factored)
-            if ranks != factored.ranks:
-                layers.setdefault(name, {})[part] = ranks
-    if layers:
-        apply_recorded(root, [shrink_edit(layers)])
-    return {unit_name(n, p): ranks for n, s in layers.items() for p, ranks in s.items()}
-
-
-def unit_name(layer: str, part: str) -> str:
-    """How a unit is called."""
-    return Unit(layer, part, "svd", ()).name
-
-
-def used_ranks(factored: Factored) -> tuple[int, ...]:
-    """The ranks without trailing directions that are zero wherever they appear; at least 1."""
-    found = []
-    factors = [factor.detach() for factor in factored.factors]
-    for places in METHODS[factored.method_name].rank_dims():
-        used = torch.zeros(factors[places[0][0]].shape[places[0][1]], dtype=torch.bool)
-        for factor, dim in places:
-            others = [d for d in range(factors[factor].dim()) if d != dim]
-            used |= (factors[factor] != 0).cpu().amax(others) if others else (factors[factor] != 0).cpu()
-        found.append(int(used.nonzero().max()) + 1 if bool(used.any()) else 1)
-    return tuple(found)

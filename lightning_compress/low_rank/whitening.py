@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from lightning_compress.low_rank.modules import Factored
 from lightning_compress.low_rank.units import Unit
 from lightning_compress.targets import get_submodule_clean
 
@@ -90,7 +91,7 @@ def _input(unit: Unit, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping
         return x.reshape(1, -1, x.shape[-1]).transpose(1, 2).expand(unit.groups, -1, -1)
     if unit.method != "channel":
         return x.reshape(1, -1, x.shape[-1]).transpose(1, 2)
-    return patches(module, x)
+    return patches(module.small(0) if isinstance(module, Factored) else module, x)
 
 
 def patches(conv: Any, x: Tensor) -> Tensor:

@@ -17,7 +17,19 @@ import pytest
 import resuming
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from resuming import CUTTING, MASKING, QUANTIZING, STEPS, TECHNIQUES, differences, every_epoch, every_step, fit, state
+from resuming import (
+    CUTTING,
+    FACTORING,
+    MASKING,
+    QUANTIZING,
+    STEPS,
+    TECHNIQUES,
+    differences,
+    every_epoch,
+    every_step,
+    fit,
+    state,
+)
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -83,11 +95,12 @@ def test_resuming_a_finished_fit_gives_what_it_ended_with(technique: str, straig
     assert not differences(wanted, resumed(technique, folder, FINISHED, tmp_path))
 
 
-@pytest.mark.parametrize("technique", sorted(CUTTING | MASKING))
+@pytest.mark.parametrize("technique", sorted(CUTTING | MASKING | FACTORING))
 def test_the_straight_run_did_something(technique: str, straight: Any) -> None:
     _, final = straight(technique)
     kinds = [edit["kind"] for edit in final["manifest"]["edits"]]
     assert kinds.count("channels.cut") == (0 if technique not in CUTTING else 1 if "setup" in technique else 2)
+    assert ("low_rank.replace" in kinds) == (technique in FACTORING)
     quantized = ["quantization.attach", "quantization.enable"] if technique in QUANTIZING else []
     assert [kind for kind in kinds if kind.startswith("quantization")] == quantized
     assert bool(final["manifest"]["masks"]) == (technique in MASKING)
