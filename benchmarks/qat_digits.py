@@ -137,8 +137,10 @@ def main() -> None:
             row.setdefault("PTQ", []).append(
                 accuracy(
                     lc.quantize(
-                        dense, calibration=parts[0], weights=f"int{weights}", activations=f"int{activations}",
-                        first_last="int8",
+                        dense, parts[0], scheme={
+                            "*": {"weights": f"int{weights}", "activations": f"int{activations}"},
+                            "net.0": "int8_static", "net.12": "int8_static",
+                        },
                     ),
                     parts[2],
                 )

@@ -44,6 +44,7 @@ def calibration_calls(
         CompressionError: There is no data in it, or a batch has not what the model takes.
 
     Example:
+        >>> import torch
         >>> data = [(torch.zeros(2, 4), torch.zeros(2)), (torch.ones(2, 4), torch.zeros(2))]
         >>> [call.args[0].shape for call in calibration_calls(nn.Linear(4, 3), data)]
         [torch.Size([2, 4]), torch.Size([2, 4])]

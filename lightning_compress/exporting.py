@@ -23,7 +23,7 @@ from lightning_compress.errors import CompressionError
 from lightning_compress.graphs import trace, write_onnx
 from lightning_compress.probe import from_example_inputs
 from lightning_compress.targets import clean_name, unwrap
-from lightning_compress.transforms import baked
+from lightning_compress.transforms import baked, transform_names
 from lightning_compress.writing import PathLike, require, whole
 
 Format = Literal["safetensors", "onnx", "pt2"]
@@ -169,7 +169,9 @@ def _weights(model: nn.Module) -> dict[str, Any]:
                 used = baked(module, "weight", weight)
             if used is not weight:
                 state[clean_name(f"{name}.weight" if name else "weight", model)] = used
-    return manifests.without_auxiliary(state, model)
+    kept = [clean_name(prefix, model) for prefix in transform_names(model)]
+    ours = {name: value for name, value in state.items() if name.startswith(tuple(f"{prefix}." for prefix in kept))}
+    return {**manifests.without_auxiliary(state), **ours}
 
 
 def _plain_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -51,6 +51,12 @@ def baked(module: nn.Module, slot: str, tensor: Tensor) -> Tensor:
     return tensor
 
 
+def transform_names(root: nn.Module) -> list[str]:
+    """Names of the transforms of a model that are modules, and so part of its state dict."""
+    ours = {id(t) for m in root.modules() for found in slots_of(m).values() for t in found.values()}
+    return [name for name, module in root.named_modules(remove_duplicate=False) if id(module) in ours]
+
+
 def slots_of(module: nn.Module) -> dict[str, dict[str, Transform]]:
     """The transforms of a layer: ``{slot: {name: transform}}``; empty if it has none."""
     found: dict[str, dict[str, Transform]] = module.__dict__.get(TRANSFORMS, {})

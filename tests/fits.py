@@ -107,6 +107,7 @@ TECHNIQUES: dict[str, Callable[[], list[CompressionCallback]]] = {
     "low rank, fixed shapes": lambda: [
         LowRank("ratio", schedule=lc.Schedule(begin=5), mode="masked", compact=False)
     ],
+    "low rank, masks": lambda: [LowRank("ratio", schedule=lc.Schedule(begin=5)), Pruning(0.8, schedule=MASKS)],
     "distillation": lambda: [Distillation(teacher(), losses=[lc.KD(temperature=2.0)])],
     "scheduled": lambda: [
         Distillation(

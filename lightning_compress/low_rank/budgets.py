@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from lightning_compress.errors import CompressionError
 from lightning_compress.low_rank.factorization import Ranks
+
+STEPS = 4000
 
 
 @dataclass(frozen=True)
@@ -25,11 +30,10 @@ class Option:
 
 
 def solve(options: Mapping[str, Sequence[Option]], fixed: float, target: float, what: str) -> dict[str, Option]:
-    """The options with the least lost energy within a budget, nearly: exact on the convex hull, then filled up.
+    """The options that lose the least energy within a budget.
 
-    Energy is relative to each weight, so that layers of any scale compare (as explained variance in EVA, Paischer et
-    al. 2024). Lagrangian relaxation: each weight minimises loss + price * cost; the price is bisected, and what is
-    left of the budget goes to the options that save the most for their cost.
+    A multiple-choice knapsack over costs in steps of a few thousandths of the budget, rounded up, so that the budget
+    holds; what rounding has left goes to the options that save the most for their cost.
 
     Args:
         options: For each weight at least one.
@@ -46,25 +50,38 @@ def solve(options: Mapping[str, Sequence[Option]], fixed: float, target: float, 
         >>> found["a"].ranks, found["b"].ranks
         (None, (1,))
     """
-    cheapest = fixed + sum(min(one.cost for one in every) for every in options.values())
-    if cheapest > target:
+    cheapest = {name: min(every, key=lambda one: one.cost) for name, every in options.items()}
+    if _total(cheapest, fixed) > target:
         raise CompressionError(
-            f"the smallest ranks leave {cheapest:.4g} {what}, and {target:.4g} were asked for; ask for more, let more "
-            "layers be factored (targets=, exclude=, keep_first_last=, min_gain=), or lower multiple_of"
+            f"the smallest ranks leave {_total(cheapest, fixed):.4g} {what}, and {target:.4g} were asked for; ask for "
+            "more, let more layers be factored (targets=, exclude=, keep_first_last=, min_gain=), or lower multiple_of"
         )
-    low, high = 0.0, 1.0
-    while _total(_at(options, high), fixed) > target:
-        low, high = high, high * 4
-    for _ in range(80):
-        middle = (low + high) / 2
-        low, high = (low, middle) if _total(_at(options, middle), fixed) <= target else (middle, high)
-    return _fill(options, _at(options, high), fixed, target)
+    return _fill(options, _knapsack(options, cheapest, target - _total(cheapest, fixed)), fixed, target)
 
 
-def _at(options: Mapping[str, Sequence[Option]], price: float) -> dict[str, Option]:
-    return {
-        name: min(every, key=lambda one: (one.loss + price * one.cost, one.cost)) for name, every in options.items()
-    }
+def _knapsack(
+    options: Mapping[str, Sequence[Option]], cheapest: Mapping[str, Option], room: float
+) -> dict[str, Option]:
+    """Least loss with at most `room` more than the cheapest options cost."""
+    if room <= 0:
+        return dict(cheapest)
+    step = room / STEPS
+    best = np.zeros(STEPS + 1)  # least loss of the weights so far, by the room they may use
+    picks: list[np.ndarray] = []
+    for name, every in options.items():
+        use = [math.ceil((one.cost - cheapest[name].cost) / step - 1e-9) for one in every]
+        trials = np.full((len(every), STEPS + 1), np.inf)
+        for row, (one, used) in enumerate(zip(every, use, strict=True)):
+            if used <= STEPS:
+                trials[row, used:] = best[: STEPS + 1 - used] + one.loss
+        picks.append(trials.argmin(0))
+        best = trials.min(0)
+    chosen: dict[str, Option] = {}
+    left = STEPS
+    for name, pick in zip(reversed(list(options)), reversed(picks), strict=True):
+        chosen[name] = one = options[name][int(pick[left])]
+        left -= math.ceil((one.cost - cheapest[name].cost) / step - 1e-9)
+    return {name: chosen[name] for name in options}
 
 
 def _total(chosen: Mapping[str, Option], fixed: float) -> float:

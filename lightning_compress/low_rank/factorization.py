@@ -69,6 +69,11 @@ class Embedding(MatrixMethod):
     name = "embedding"
     whitens = False
 
+    def factorize(self, weight: Tensor, ranks: Ranks, groups: int, covariance: Tensor | None = None) -> list[Tensor]:
+        """See `Method.factorize`; rows of zeros, such as that of the padding, stay exactly zero."""
+        a, b = super().factorize(weight, ranks, groups, covariance)
+        return [a * (weight != 0).any(1).to(a.dtype), b]
+
     def view(self, weight: Tensor, groups: int) -> Tensor:
         """See `MatrixMethod.view`."""
         return weight.t()[None]

@@ -215,15 +215,18 @@ def why_not(root: nn.Module, name: str, module: nn.Module, uses: Mapping[int, in
         return "it is the model itself, and nothing holds it that could hold its factors"
     if isinstance(module, _TRANSPOSED):
         return "transposed convolutions have no factored form here"
-    if plain not in KINDS:
-        return f"it is a {plain.__name__}, a subclass that may use its weight in ways unknown here"
+    reason = _why_not_parameters(module, uses)
+    if reason is None and plain not in KINDS:
+        reason = f"it is a {plain.__name__}, a subclass that may use its weight in ways unknown here"
+    if reason is not None:
+        return reason
     if any(slot_name != "mask" for slot in layers.slots_of(module).values() for slot_name in slot):
         return "its weights or inputs pass through quantizers, which would be lost"
     parent = get_submodule_clean(root, name.rpartition(".")[0], keep_wrappers=False)
     held = parent._modules.get(name.rpartition(".")[2])
     if held is not None and held is not module:
         return "it is wrapped by itself (compiled, checkpointed or sharded); wrap something around it instead"
-    return _why_not_parameters(module, uses) or _why_not_kind(module)
+    return _why_not_kind(module)
 
 
 def _why_not_parameters(module: nn.Module, uses: Mapping[int, int]) -> str | None:

@@ -348,7 +348,7 @@ def _read_entries(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if _ENTRY not in texts:
         raise CompressionError(
             f"{str(path)!r} is not an integer artefact: it lacks the entry {_ENTRY!r}, which `Int8Artifact.save` and "
-            "`export(..., calibration=...)` write"
+            "`export(..., calibration=...)` write (or the end of the file is cut off)"
         )
     try:
         record, manifest = decode(texts[_ENTRY]), decode(texts[manifests.KEY])

@@ -134,7 +134,7 @@ def detach(model: nn.Module) -> nn.Module:
         for slot in list(layers.slots_of(module)):
             layers.remove_transform(module, TRANSFORM, slot)
         if module.__dict__.pop(_NESTED, False):
-            module.use_nested_tensor = True
+            module.__dict__["use_nested_tensor"] = True
     manifest.forget(model, (ATTACH, ENABLE))
     return model
 

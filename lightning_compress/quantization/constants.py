@@ -15,7 +15,7 @@ _RANDOM = (torch.Tag.nondeterministic_seeded,)
 
 
 class Constants:
-    """Values of nodes that read nothing but the module's own tensors.
+    """Values of nodes that read nothing but the module's own tensors, or nothing at all.
 
     Args:
         module: The graph module; values are remembered, so ask anew after its tensors have changed.
@@ -39,7 +39,7 @@ class Constants:
     def _decide(self, node: fx.Node) -> bool:
         if node.op == "get_attr":
             return True
-        if node.op != "call_function" or not node.all_input_nodes:
+        if node.op != "call_function":
             return False
         tags = getattr(node.target, "tags", ())
         return not any(tag in tags for tag in _RANDOM) and all(self.is_constant(n) for n in node.all_input_nodes)
@@ -74,5 +74,7 @@ class Constants:
     def source(self, node: fx.Node) -> str:
         """The name of the first parameter of the model that a constant node was made of."""
         while node.op != "get_attr":
+            if not node.all_input_nodes:
+                return node.name  # made of nothing, such as `arange`
             node = node.all_input_nodes[0]
         return origin_of(self._module, str(node.target))

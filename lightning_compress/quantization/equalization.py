@@ -117,20 +117,15 @@ def equalize(
 def _find(flow: Flow) -> tuple[list[Pair], dict[str, str], list[tuple[Operation, Operation]]]:
     """Pairs, layers that are in none with the reason, and layers right before batch normalization."""
     pairs, skipped, loose = [], {}, []
-    for operation in flow.operations:
-        module = operation.module
-        if operation.layer is None or module is None or not operation.outputs:
-            continue
+    for operation in _givers(flow):
         norm = operation.name == "batch_norm"
-        if not norm and not has_rows(module):
-            continue
         after = operation.outputs[0].readers
         if not norm and len(after) == 1 and after[0].name == "batch_norm" and _alone(flow, operation, after[0]):
             loose.append((operation, after[0]))
             continue
         found = pair_of(flow, operation)
         if isinstance(found, str):
-            skipped[operation.layer] = found
+            skipped[str(operation.layer)] = found
         else:
             pairs.append(found)
     return pairs, skipped, loose
@@ -168,8 +163,15 @@ def _normalize_rows(layer: Any, norm: Any) -> None:
 
 
 def _replace_relu6(model: nn.Module, flow: Flow) -> tuple[tuple[str, nn.Module], ...]:
-    used = {id(op.module) for op in flow.operations if op.name in ("hardtanh", "hardtanh_", "relu6")}
-    found = [(name, m) for name, m in model.named_modules() if type(m) is nn.ReLU6 and id(m) in used]
-    for _, module in found:
+    """Turn those ReLU6 modules into ReLU that are all that keeps two layers from being a pair."""
+    found = [pair_of(flow, operation, clips=True) for operation in _givers(flow)]
+    between = {id(op.module) for pair in found if isinstance(pair, Pair) for op in pair.clipped}
+    changed = tuple((name, m) for name, m in model.named_modules() if type(m) is nn.ReLU6 and id(m) in between)
+    for _, module in changed:
         module.__class__ = nn.ReLU  # type: ignore[assignment]  # the same attribute `inplace`
-    return tuple(found)
+    return changed
+
+
+def _givers(flow: Flow) -> list[Operation]:
+    """Layers and batch normalizations, whose output channels can be scaled."""
+    return [op for op in flow.operations if op.outputs and (op.name == "batch_norm" or has_rows(op.module))]

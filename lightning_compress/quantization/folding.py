@@ -106,6 +106,7 @@ def fold_batch_norms(module: fx.GraphModule) -> dict[str, str]:
         folded[norm] = taker
         _fold(module, node, layer, constants)
     module.graph.eliminate_dead_code()
+    module.recompile()
     return folded
 
 

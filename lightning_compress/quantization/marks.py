@@ -41,7 +41,7 @@ def resolve_marks(traced: Traced) -> tuple[dict[fx.Node, Dynamic], dict[str, str
             dynamic[mark] = Dynamic(low, high, quantizer.spec.symmetric, quantizer.spec.granularity)
             continue
         if (source, id(quantizer)) not in done:
-            if constants.is_constant(source):
+            if quantizer.of == "weights" and constants.is_constant(source):
                 done[source, id(quantizer)] = _weight(module, node, constants, quantizer, name, reasons)
             elif quantizer.of == "weights":
                 raise CompressionError(

@@ -36,11 +36,13 @@ class Pair:
         giver: The call of the layer, or of the normalization, whose rows can be scaled.
         consumers: All readers of the channels.
         before: For batch normalization: the layer right before it, if nothing else reads that.
+        clipped: Operations like ReLU6 between them.
     """
 
     giver: Operation
     consumers: list[Consumer]
     before: Operation | None = None
+    clipped: Sequence[Operation] = ()
 
     @property
     def name(self) -> str:
@@ -93,13 +95,14 @@ def _tensor(value: Tensor | None) -> Tensor:
     return value
 
 
-def pair_of(flow: Flow, giver: Operation, attention: bool = False) -> Pair | str:
+def pair_of(flow: Flow, giver: Operation, attention: bool = False, clips: bool = False) -> Pair | str:
     """The pair that a layer gives channels in, or the reason why it is in none.
 
     Args:
         flow: The traced call.
         giver: The call of the layer, or of the normalization.
         attention: Whether `nn.MultiheadAttention` may take the channels.
+        clips: Whether ReLU6 may lie between.
     """
     module: Any = giver.module
     value = giver.outputs[0]
@@ -108,7 +111,7 @@ def pair_of(flow: Flow, giver: Operation, attention: bool = False) -> Pair | str
     if getattr(module, "weight", None) is None:
         return "it has no weight and bias of its own to scale"
     found = reach(value, Axis(channel_dim(module, len(value.shape))))
-    if not found.reason and found.clipped:
+    if not found.reason and found.clipped and not clips:
         return f"{found.clipped[0].name} clips behind it, so a factor does not pass"
     for consumer in found.consumers:
         if consumer.operation.layer in flow.shared:
@@ -121,7 +124,7 @@ def pair_of(flow: Flow, giver: Operation, attention: bool = False) -> Pair | str
     maker = giver.args[0].maker if giver.name == "batch_norm" else None
     if maker is not None and has_rows(maker.module) and len(maker.outputs) == 1:
         before = maker if len(maker.outputs[0].readers) == 1 else None
-    return Pair(giver, found.consumers, before)
+    return Pair(giver, found.consumers, before, found.clipped)
 
 
 def refuse_quantizers(model: nn.Module, what: str) -> None:

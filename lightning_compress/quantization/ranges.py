@@ -55,7 +55,7 @@ def observe(
         Node to (lowest, highest).
 
     Raises:
-        CompressionError: There is no call, or the model does not take its arguments.
+        CompressionError: There is no call, the model does not take its arguments, or a value is not finite.
     """
     watch = _Watch(traced.module, nodes, percentile)
     count = 0
@@ -72,6 +72,12 @@ def observe(
     if count == 0:
         raise CompressionError("there is no calibration call, so no range is known; pass some batches of real inputs")
     stacked = {node: torch.stack(seen) for node, seen in watch.seen.items()}  # (calls, 2)
+    for node, ends in stacked.items():
+        if not bool(torch.isfinite(ends).all()):
+            raise CompressionError(
+                f"values that are not finite were seen at {node.name!r} in the calibration calls, so it has no range; "
+                "check the inputs and the model's weights, or leave out the layer"
+            )
     if percentile < 100:
         return {node: (s[:, 0].mean().item(), s[:, 1].mean().item()) for node, s in stacked.items()}
     return {node: (s[:, 0].min().item(), s[:, 1].max().item()) for node, s in stacked.items()}

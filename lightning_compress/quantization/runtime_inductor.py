@@ -8,6 +8,7 @@ registered, with `freezing` on and without gradients; otherwise it compiles slow
 from __future__ import annotations
 
 import logging
+import os
 import re
 import tempfile
 import zipfile
@@ -27,6 +28,7 @@ from lightning_compress.writing import require
 Run = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
 _PASSES = "torchao.quantization.pt2e.quantizer.x86_inductor_quantizer"  # importing it registers them
+_POINTER = "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR"  # set to tell something to a library while it is loaded
 _PYTHON = re.compile(r"(?:torch\.ops\.onednn\.(?=q)|extern_kernels\.(?=_int_mm))(\w+)(?:\.\w+)?\(")
 _CPP = re.compile(
     r"aoti_torch_cpu_(?:_(?=q)|(?=_int_mm))((?:q(?:conv|linear)|_int_mm)\w*?)(?:_out|_tensor|_binary_tensor)?\("
@@ -132,12 +134,15 @@ def _compiling() -> Iterator[None]:
     log = logging.getLogger("torch._inductor.standalone_compile")  # warns that frozen weights cannot be cached
     before = log.disabled
     log.disabled = True
+    pointer = os.environ.get(_POINTER)
     config: Any = torch.compiler.config
     try:
         with torch.no_grad(), config.patch(cache_key_tag="lightning-compress int8"):
             yield
     finally:
         log.disabled = before
+        if pointer is None:
+            os.environ.pop(_POINTER, None)
 
 
 @contextmanager

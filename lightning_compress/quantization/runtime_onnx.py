@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -81,6 +82,20 @@ def _operators(graph: Any) -> Iterator[str]:
                 yield from _operators(inner)
 
 
+@contextmanager
+def _unreported() -> Iterator[None]:
+    """Importing OpenVINO reports so to its makers over the network, unless its reporting package is missing."""
+    package = "openvino_telemetry"
+    if package in sys.modules:
+        yield
+        return
+    sys.modules[package] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[package]
+
+
 def compile_openvino(program: torch.export.ExportedProgram, threads: int) -> tuple[Run, dict[str, int], dict[str, int]]:
     """Prepare OpenVINO on the CPU.
 
@@ -94,7 +109,8 @@ def compile_openvino(program: torch.export.ExportedProgram, threads: int) -> tup
     Raises:
         CompressionError: A package is missing, or an operator has no ONNX equivalent.
     """
-    require("openvino", extra="openvino")
+    with _unreported():
+        require("openvino", extra="openvino")
     require("onnx", "onnxscript", extra="onnx")
     import openvino
 

@@ -124,8 +124,9 @@ def _layer(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tens
     x, weight, *rest = args
     target: Callable[..., Tensor] = node.target  # type: ignore[assignment]
     if node.target in LAYERS:
-        bias = rest[0] if rest else kwargs.pop("bias", None)
-        total = target(x.whole(), weight.whole(), None, *rest[1:], **kwargs)
+        bias = rest[0] if rest else kwargs.get("bias")
+        others = {name: value for name, value in kwargs.items() if name != "bias"}
+        total = target(x.whole(), weight.whole(), None, *rest[1:], **others)
     else:
         bias, total = None, target(x.whole(), weight.whole(), *rest, **kwargs)
     if total.numel() and float(total.abs().max()) >= _LARGEST:

@@ -163,10 +163,13 @@ def _nothing_integer(graph: torch.export.ExportedProgram, runtime: str) -> str:
             + ("" if _is_x86() else f", and this is {machine}; use runtime='onnxruntime'")
             + (". torchao's passes may not fit this PyTorch: upgrade torchao" if _is_x86() else "")
         )
+    reason = {
+        "openvino": "OpenVINO computes dynamic activations in floating point; use static ones, or ONNX Runtime",
+        "onnxruntime": "ONNX Runtime keeps layers in floating point whose results are what the model returns",
+    }.get(runtime, "it has no convolution or linear layer with an 8-bit input")
     return (
         f"{runtime} runs no operator of this integer graph with integers, so it would be slower than the "
-        "floating-point model. OpenVINO computes dynamic activations in floating point: use static ones, or "
-        "runtime='onnxruntime'; otherwise the graph has no convolution or linear layer with an 8-bit input"
+        f"floating-point model ({reason})"
     )
 
 

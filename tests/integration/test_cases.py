@@ -17,6 +17,7 @@ from lightning_compress import manifest
 from lightning_compress.callbacks import ChannelPruning, Distillation, Pruning
 from lightning_compress.callbacks.base import CompressionCallback
 from lightning_compress.callbacks.testing import TinyNet, tiny_loader
+from lightning_compress.low_rank.modules import ChannelConv
 
 X = torch.zeros(2, 1, 8, 8)
 Make = Callable[[Path], list[CompressionCallback]]
@@ -47,9 +48,18 @@ TECHNIQUES: dict[str, Make] = {
     "learned steps": lambda folder: fits.TECHNIQUES["lsq"](),
     "int8, masks, distillation": lambda folder: fits.TECHNIQUES["int8, masks, distillation"](),
     "learned steps, channels": lambda folder: fits.TECHNIQUES["lsq, channels"](),
+    "low rank": lambda folder: fits.TECHNIQUES["low rank"](),
+    "low rank, automatic": lambda folder: fits.TECHNIQUES["low rank, automatic"](),
+    "low rank, fixed shapes": lambda folder: fits.TECHNIQUES["low rank, masked"](),
+    "low rank, at setup": lambda folder: fits.TECHNIQUES["low rank at setup"](),
+    "low rank, masks": lambda folder: fits.TECHNIQUES["low rank, masks"](),
+    "low rank, distillation": lambda folder: [*fits.TECHNIQUES["low rank"](), Distillation("initial")],
+    "low rank, channels": lambda folder: [*fits.TECHNIQUES["low rank"](), *fits.TECHNIQUES["channels"]()],
+    "low rank, int8": lambda folder: [*fits.TECHNIQUES["low rank at setup"](), *fits.TECHNIQUES["int8"]()],
     "everything": lambda folder: fits.TECHNIQUES["all"](),
 }
 CUTTING = {name for name in TECHNIQUES if "channels" in name or name == "everything"}
+FACTORING = {name for name in TECHNIQUES if "low rank" in name}
 QUANTIZING = {name for name in TECHNIQUES if "int8" in name or "learned steps" in name}
 MASKING = {name for name in TECHNIQUES if "masks" in name or name == "everything"}
 
@@ -81,12 +91,16 @@ def check(technique: str, module: L.LightningModule) -> None:
     if technique in CUTTING:
         assert manifest.edits_of(module)
         assert module.net[0].out_channels < 16 or module.net[3].out_channels < 16  # type: ignore[union-attr, operator]
+    if technique in FACTORING:
+        assert type(module.net[3]) is ChannelConv  # type: ignore[index]
+        assert module.net[3].ranks <= (8,)  # type: ignore[index, union-attr]
     if technique in MASKING:
         weights = [p for n, p in module.named_parameters() if n.endswith("weight")]
         zeros = sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
         wanted = {
             "int8, masks, distillation": 0.8,
             "masks": 0.8,
+            "low rank, masks": 0.8,
             "soft masks": 0.8,
             "everything": 0.8,
             "N:M masks": 0.45,
@@ -141,7 +155,7 @@ def test_load_from_checkpoint(technique: str, ours: list[CompressionCallback], t
     x = torch.randn(3, 1, 8, 8)
     assert type(loaded) is TinyNet
     assert torch.equal(loaded.eval()(x), module.eval()(x))
-    if technique not in CUTTING | QUANTIZING:
+    if technique not in CUTTING | FACTORING | QUANTIZING:
         TinyNet.load_from_checkpoint(tmp_path / "last.ckpt")  # strictly, without this package
 
 
@@ -152,7 +166,7 @@ def test_save_weights_only(technique: str, ours: list[CompressionCallback], tmp_
     x = torch.randn(3, 1, 8, 8)
     assert torch.equal(plain.eval()(x), module.eval()(x))
     recorded = torch.load(tmp_path / "small.ckpt", weights_only=True).get("lightning_compress", {})
-    assert bool(recorded.get("edits")) == (technique in CUTTING | QUANTIZING)
+    assert bool(recorded.get("edits")) == (technique in CUTTING | FACTORING | QUANTIZING)
     assert bool(recorded.get("masks")) == (technique in MASKING)
 
 

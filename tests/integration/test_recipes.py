@@ -17,6 +17,7 @@ from source import ROOT
 import lightning_compress as lc
 from lightning_compress.callbacks import _cli
 from lightning_compress.callbacks.testing import TinyNet
+from lightning_compress.quantization.attachment import quantizers
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -49,19 +50,21 @@ def record_of(path: Path) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("recipe", ["dense", "prune", "channel_prune", "distil", "all_in_one"])
+@pytest.mark.parametrize("recipe", ["dense", "prune", "channel_prune", "quantize", "distil", "all_in_one"])
 def test_recipe(recipe: str) -> None:
     """It fits, its checkpoint holds what was asked for, and the checkpoint can be tested and used."""
     path = fitted(recipe, "--trainer.max_epochs=6")
     edits, masks = record_of(path).get("edits", []), record_of(path).get("masks", {})
-    assert bool(edits) == (recipe in ("channel_prune", "all_in_one"))
+    assert bool(edits) == (recipe in ("channel_prune", "quantize", "all_in_one"))
     assert bool(masks) == (recipe in ("prune", "all_in_one"))
-    model = lc.load(TinyNet(batchnorm=recipe == "channel_prune"), path)
+    model = lc.load(TinyNet(batchnorm=recipe in ("channel_prune", "quantize")), path)
     if masks:
         weights = [dict(model.named_parameters())[name] for name in masks]
         zeros = sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
         assert zeros == pytest.approx(0.9 if recipe == "prune" else 0.8, abs=0.001)
-    if edits:
+    if recipe == "quantize":
+        assert all(q.enabled for q in quantizers(model).values())
+    elif edits:
         assert model.net[0].out_channels < 16
     for command in ("validate", "test", "predict") if recipe == "all_in_one" else ("test",):
         run(command, recipe, f"--ckpt_path={path}")

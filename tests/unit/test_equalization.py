@@ -226,6 +226,12 @@ def test_relu6_is_no_pair_unless_it_is_replaced() -> None:
     assert type(twin[1]) is nn.ReLU
 
 
+def test_relu6_that_equalization_cannot_use_stays() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU6(), nn.GELU(), nn.Linear(8, 2), nn.ReLU6())
+    assert equalize(model, torch.randn(ROW), relu6="replace").replaced == ()
+    assert type(model[1]) is type(model[4]) is nn.ReLU6
+
+
 def test_dead_channels_and_masks() -> None:
     model = uneven(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)))
     model[0].weight.data[0] = 0
