@@ -200,7 +200,9 @@ def main() -> None:
         full.append(hits(model, test))
         chosen = torch.randperm(4000, generator=torch.Generator().manual_seed(seed))[:256]
         runs.append(measure(model, data[0][chosen], test, replace(Settings(), seed=seed)))
-    result = {"mnist": {"fp32": round(statistics.mean(full), 2), **show(f"MNIST, fp32 {statistics.mean(full):.2f} %", runs)}}
+    result = {
+        "mnist": {"fp32": round(statistics.mean(full), 2), **show(f"MNIST, fp32 {statistics.mean(full):.2f} %", runs)}
+    }  # noqa: E501
     if arguments.lite0:
         result["lite0"] = show("EfficientNet-Lite0, agreement with fp32", photographs(arguments.lite0, arguments.seeds))
     print(json.dumps({"name": "post_training", **result}))

@@ -30,7 +30,8 @@ _FIXED_SHAPES = (
 )
 _FIXED_RANKS = Verdict(
     "refused, three ways out",
-    "it shards the parameters before training, so that shapes are fixed during `fit`. Three ways out: choose ranks inside "
+    "it shards the parameters before training, so that shapes are fixed during `fit`. Three ways out: choose "
+    "ranks inside "
     "fixed shapes (mode='masked'), switch at the start (schedule='setup'), or train with strategy='ddp'",
 )
 _DEEPSPEED = (
@@ -43,7 +44,8 @@ _INITIAL = Verdict("refused", "a dense copy of a sharded model cannot be kept. P
 
 _AFTERWARDS = Verdict(
     "refused, afterwards",
-    "each process holds only a part of the weights. Load the checkpoint after the fit and call lc.quantize(model, data)",
+    "each process holds only a part of the weights. Load the checkpoint after the fit and call "
+    "lc.quantize(model, data)",
 )
 
 CAPABILITIES: dict[str, dict[Kind, Verdict]] = {

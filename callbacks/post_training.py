@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 class PostTrainingQuantization(CompressionCallback):
     """Quantizes the trained model when the fit ends, with calibration samples of the training data.
 
-    The model in the Trainer is then one with quantizers, as after `QuantizationAwareTraining`: validate it, save it, and
-    make it really integer with `lc.export`. Only what is saved after the end of training has them; files of
+    The model in the Trainer is then one with quantizers, as after `QuantizationAwareTraining`: validate it, save it,
+    and make it really integer with `lc.export`. Only what is saved after the end of training has them; files of
     ModelCheckpoint from before are in full precision, and `lc.quantize` does the same to a model that was loaded.
 
     Args:
-        scheme: A preset (``"int8_static"``, ``"int8_dynamic"``, ``"w4a8"``, ...), a scheme of the literature, a `Scheme`
-            or a plan; see `lightning_compress.quantize`.
+        scheme: A preset (``"int8_static"``, ``"int8_dynamic"``, ``"w4a8"``, ...), a scheme of the literature, a
+            `Scheme` or a plan; see `lightning_compress.quantize`.
         steps: Of ``"equalization"``, ``"smoothing"``, ``"gptq"``, ``"adaround"``, ``"batch_norm"`` and
             ``"bias_correction"``; default: those of the scheme.
         calibration: Arguments for the model as an iterable of `ExampleCall`, tensors, tuples or dictionaries; default:
