@@ -302,7 +302,7 @@ class ProjectedTerm(FeatureTerm):
         for i, ((spec, _), (width, _)) in enumerate(zip(self.pairs, self.widths(shapes), strict=True)):
             name = self.first_layer(i)
             if not self._projects(i) or self.module.get_submodule(name).in_features == width:
-                continue
+                continue  # this pair has no projector, or its layer was not cut
             keep = shapes.kept(spec, channel_dim_of(shapes.student[spec], self.channel_dim), swaps)
             slices[f"{child}.{name}.weight"] = {"1": keep}
             attributes[f"{child}.{name}"] = {"in_features": width}

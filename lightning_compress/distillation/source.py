@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.distillation.kept import Measured
 from lightning_compress.distillation.taps import Call, TapSet
 from lightning_compress.distillation.teachers import Teacher
 from lightning_compress.errors import CompressionError
 from lightning_compress.nested import map_tensors, tensors_in
 from lightning_compress.schedule import Scheduled
 from lightning_compress.targets import get_submodule_clean
-from lightning_compress.terms import LossTerm, Records, Resolvable, Shapes, TapSpec, non_negative
+from lightning_compress.terms import LossTerm, Records, Resolvable, TapSpec, non_negative
 
 if TYPE_CHECKING:
     from lightning_compress.surgery import Journal, Swap
@@ -228,7 +229,7 @@ class TapSource(Resolvable):
         }
 
     @torch.no_grad()
-    def measure(self, run: Callable[[], object]) -> Shapes:
+    def measure(self, run: Callable[[], object]) -> Measured:
         """Run an example call of the student and return the shapes that the taps saw, for `StepPipeline.attach`.
 
         Args:
@@ -246,7 +247,7 @@ class TapSource(Resolvable):
             asked = {spec for both in specs for spec in both.teacher}
             calls = self.taps.taps[""].calls()[:1]
             seen = self.runner(calls, asked) if self.runner is not None and asked else {}
-            return Shapes(student, {spec: _shape(values[0]) for spec, values in seen.items()})
+            return Measured(student, {spec: _shape(values[0]) for spec, values in seen.items()}, self.taps, run)
         finally:
             self.taps.clear()
             for tap in self.taps.taps.values():
@@ -254,14 +255,7 @@ class TapSource(Resolvable):
 
     def follow(self, swaps: Sequence[Swap], journal: Journal) -> None:
         """Move the taps of modules that an edit replaced to what stands in their place."""
-        for name, tap in self.taps.taps.items():
-            old, new = tap.module, get_submodule_clean(self.taps.root, name, keep_wrappers=True)
-            if old is not new:
-                self.retarget(old, new)
-                journal.on_undo(functools.partial(self._retarget, new, old))
-
-    def _retarget(self, old: nn.Module, new: nn.Module) -> None:
-        self.retarget(old, new)
+        follow(self.taps, journal)
 
     def retarget(self, old: nn.Module, new: nn.Module) -> bool:
         """Follow surgery in the student; returns whether a tap moved."""
@@ -272,6 +266,19 @@ class TapSource(Resolvable):
         self.taps.remove()
         if self.runner is not None:
             self.runner.close()
+
+
+def follow(taps: TapSet, journal: Journal) -> None:
+    """Move the taps of modules that an edit replaced to what stands in their place, undoably."""
+    for name, tap in taps.taps.items():
+        old, new = tap.module, get_submodule_clean(taps.root, name, keep_wrappers=True)
+        if old is not new:
+            taps.retarget(old, new)
+            journal.on_undo(functools.partial(_retarget, taps, new, old))
+
+
+def _retarget(taps: TapSet, old: nn.Module, new: nn.Module) -> None:
+    taps.retarget(old, new)
 
 
 def _on_modules(specs: Iterable[TapSpec]) -> list[TapSpec]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,11 @@ from lightning_compress.nested import map_tensors, tensors_in
 from lightning_compress.targets import get_submodule_clean, is_metric, named_modules_clean, unwrap
 from lightning_compress.terms import PREFIX
 
+Placement = Literal["replicate", "cpu", "shard"]
+PLACEMENTS: tuple[str, ...] = get_args(Placement)
+
 _SAMPLES = 16
+_UNIT = 1 << 16  # parameters of a part that is gathered by itself
 
 
 class Teacher:
@@ -25,8 +29,9 @@ class Teacher:
 
     Args:
         module: The model; its ``forward`` must take what the student's takes.
-        placement: ``"device"`` keeps it beside the student. ``"cpu"`` leaves it on the CPU, moves inputs there and
-            outputs back: slow, but needs no device memory.
+        placement: ``"replicate"`` keeps it beside the student, whole in each process. ``"cpu"`` leaves it on the CPU,
+            moves inputs there and outputs back: slow, but needs no device memory. ``"shard"`` spreads its weights over
+            the processes, see `shard`.
 
     Raises:
         ValueError: If the placement is unknown.
@@ -38,9 +43,9 @@ class Teacher:
         (torch.Size([2, 3]), False, 64)
     """
 
-    def __init__(self, module: nn.Module, placement: Literal["device", "cpu"] = "device") -> None:
-        if placement not in ("device", "cpu"):
-            raise ValueError(f"The teacher's placement is {placement!r}; it must be 'device' or 'cpu'.")
+    def __init__(self, module: nn.Module, placement: Placement = "replicate") -> None:
+        if placement not in PLACEMENTS:
+            raise ValueError(f"The teacher's placement is {placement!r}; it must be one of {', '.join(PLACEMENTS)}.")
         self.module = module.eval().requires_grad_(False)
         self.placement = placement
         self.keeps_graph = False
@@ -60,7 +65,34 @@ class Teacher:
         Returns:
             Itself.
         """
-        self.module.to(device="cpu" if self.placement == "cpu" else device, dtype=dtype)
+        where = {"replicate": device, "cpu": "cpu", "shard": None}[self.placement]
+        if not self.is_sharded:
+            self.module.to(device=where, dtype=dtype)
+        return self
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each process holds only its part of the weights."""
+        return hasattr(self.module, "reshard")
+
+    def shard(self, mesh: Any) -> Teacher:
+        """Spread the weights over the processes of a mesh (FSDP2's ``fully_shard``); a part is whole while it runs.
+
+        Large parts of containers (blocks) are gathered one after the other, the rest together. It is a root of its own,
+        apart from the student's.
+
+        Args:
+            mesh: One dimension of a device mesh.
+
+        Returns:
+            Itself.
+        """
+        from torch.distributed.fsdp import fully_shard
+
+        if not self.is_sharded:
+            for part in _blocks(self.module):
+                fully_shard(part, mesh=mesh)
+            fully_shard(self.module, mesh=mesh, reshard_after_forward=True)
         return self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -80,7 +112,7 @@ class Teacher:
         home = next((t.device for t in tensors_in((args, kwargs))), own.device)
         args, kwargs = map_tensors(lambda t: _suited(t, own, self.placement), (args, kwargs))
         output = self.module(*args, **kwargs)
-        return output if self.placement == "device" else map_tensors(lambda t: t.to(home), output)
+        return map_tensors(lambda t: t.to(home), output) if self.placement == "cpu" else output
 
     def fingerprint(self) -> str:
         """Return a SHA-256 over names, shapes and up to 16 evenly spaced values of each parameter and buffer.
@@ -92,10 +124,24 @@ class Teacher:
         for name, value in sorted(self.module.state_dict().items()):
             digest.update(f"{name} {tuple(value.shape) if isinstance(value, Tensor) else value!r};".encode())
             if isinstance(value, Tensor) and value.numel():
-                flat = value.detach().flatten()
+                # A collective for sharded weights, so every process computes it.
+                whole: Any = value.full_tensor() if hasattr(value, "full_tensor") else value
+                flat = whole.detach().flatten()
                 picked = torch.linspace(0, flat.numel() - 1, min(_SAMPLES, flat.numel()), dtype=torch.float64).long()
                 digest.update(flat[picked.to(flat.device)].cpu().double().numpy().tobytes())
         return digest.hexdigest()
+
+
+def _blocks(module: nn.Module) -> list[nn.Module]:
+    """The outermost children of containers that are large enough to be gathered by themselves."""
+    found: list[nn.Module] = []
+    for child in module.children():
+        size = sum(p.numel() for p in child.parameters())
+        if isinstance(module, nn.Sequential | nn.ModuleList) and size >= _UNIT and not isinstance(child, nn.ModuleList):
+            found.append(child)
+        else:
+            found += _blocks(child)
+    return found
 
 
 def tensors_in_module(module: nn.Module) -> list[Tensor]:
