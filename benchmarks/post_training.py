@@ -159,8 +159,8 @@ def lite0(path: str) -> nn.Module:
     return model.eval()
 
 
-def crops(count: int, seed: int, size: int = 224) -> Tensor:
-    """Random crops of two photographs, mirrored or not, as the network was trained on them."""
+def crops(count: int, seed: int, size: int = 128) -> Tensor:
+    """Random crops of two photographs, mirrored or not; smaller than in training, to save time."""
     from sklearn.datasets import load_sample_images
 
     photos = [torch.tensor(image).permute(2, 0, 1).float() for image in load_sample_images().images]
