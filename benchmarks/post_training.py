@@ -202,7 +202,7 @@ def main() -> None:
         runs.append(measure(model, data[0][chosen], test, replace(Settings(), seed=seed)))
     result = {
         "mnist": {"fp32": round(statistics.mean(full), 2), **show(f"MNIST, fp32 {statistics.mean(full):.2f} %", runs)}
-    }  # noqa: E501
+    }
     if arguments.lite0:
         result["lite0"] = show("EfficientNet-Lite0, agreement with fp32", photographs(arguments.lite0, arguments.seeds))
     print(json.dumps({"name": "post_training", **result}))
