@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_compress import layers, manifest, surgery
 from lightning_compress.errors import CompressionError
-from lightning_compress.low_rank import costs, modules
+from lightning_compress.low_rank import building, costs
 from lightning_compress.low_rank.factorization import METHODS
 from lightning_compress.low_rank.modules import Factored
 from lightning_compress.low_rank.replacement import HOOKS
@@ -45,7 +45,7 @@ def _apply_shrink(root: nn.Module, edit: Edit, journal: Journal) -> list[Swap]:
                 raise CompressionError(f"the edit shrinks the factors of {name}.{part}, which this model does not have")
             prefix, factored = parts[part]
             try:
-                modules.check_ranks(factored.method_name, ranks, factored.shape, factored.groups)
+                building.check_ranks(factored.method_name, ranks, factored.shape, factored.groups)
             except ValueError as error:
                 raise CompressionError(f"the edit cannot shrink {prefix!r}: {error}") from error
             _plan_shrink(prefix, factored, ranks, slices, attributes)
@@ -143,7 +143,7 @@ def compact(root: nn.Module) -> list[Edit]:
 
     Example:
         >>> import torch
-        >>> from lightning_compress.low_rank.modules import build
+        >>> from lightning_compress.low_rank.building import build
         >>> net = nn.Sequential(build(nn.Linear(8, 8), "svd", (8,)))
         >>> with torch.no_grad():
         ...     _ = net[0][0].weight[2:].zero_(), net[0][1].weight[:, 2:].zero_()

@@ -28,7 +28,7 @@ class FrobeniusDecay(Resolvable):
         name: For messages.
 
     Example:
-        >>> from lightning_compress.low_rank.modules import build
+        >>> from lightning_compress.low_rank.building import build
         >>> layer = build(nn.Linear(3, 2, bias=False), "svd", (1,))
         >>> net = nn.Sequential(layer)
         >>> for p in net.parameters(): p.grad = torch.zeros_like(p)

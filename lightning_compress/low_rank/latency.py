@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_compress.cost import latency, latency_ratio
 from lightning_compress.isolation import as_found, isolated_rng
-from lightning_compress.low_rank import costs, modules
+from lightning_compress.low_rank import building, costs
 from lightning_compress.low_rank.costs import Observation
 from lightning_compress.low_rank.factorization import Ranks
 from lightning_compress.low_rank.ranks import on_path, rounded
@@ -66,7 +66,7 @@ def _time_unit(root: nn.Module, unit: Unit, geometry: costs.Geometry, seen: Obse
             module = nn.Linear(unit.shape[1], unit.shape[0], device=like.device, dtype=like.dtype)
         args, kwargs = (like.new_zeros(geometry.outputs, unit.shape[1]),), {}
     low, high = (rounded(unit, on_path(unit, max(1, max(unit.full) * share // 8)), 8) for share in (1, 4))
-    built = {ranks: modules.build(module, unit.method, ranks).eval() for ranks in {low, high}}
+    built = {ranks: building.build(module, unit.method, ranks).eval() for ranks in {low, high}}
     calls: dict[str, Any] = {"dense": lambda: module(*args, **kwargs)}
     calls |= {str(ranks): (lambda new=new: new(*args, **kwargs)) for ranks, new in built.items()}
     with isolated_rng(), as_found(module), torch.inference_mode():

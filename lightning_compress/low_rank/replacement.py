@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lightning_compress import recurrent, surgery
 from lightning_compress.errors import CompressionError
-from lightning_compress.low_rank import modules
+from lightning_compress.low_rank import building
 from lightning_compress.low_rank.attention import LowRankMultiheadAttention, split_projections
 from lightning_compress.low_rank.modules import Factored
 from lightning_compress.low_rank.recurrent import LowRankRecurrent, split_weights
@@ -89,14 +89,14 @@ def factored_layer(module: nn.Module, spec: Spec) -> nn.Module:
     if isinstance(module, nn.MultiheadAttention):
         parts = split_projections(module)
         for part, how in spec.items():
-            parts[part] = modules.build(parts[part], how["method"], how["ranks"])
+            parts[part] = building.build(parts[part], how["method"], how["ranks"])
         return LowRankMultiheadAttention(module, parts).train(module.training)
     if isinstance(module, nn.RNNBase):
         parts, gates = split_weights(module), recurrent.gates(module)
         for part, how in spec.items():
-            parts[part] = modules.build(parts[part], how["method"], how["ranks"], groups=gates)
+            parts[part] = building.build(parts[part], how["method"], how["ranks"], groups=gates)
         return LowRankRecurrent(module, parts).train(module.training)
-    return modules.build(module, spec["weight"]["method"], spec["weight"]["ranks"])
+    return building.build(module, spec["weight"]["method"], spec["weight"]["ranks"])
 
 
 def _apply_replace(root: nn.Module, edit: Edit, journal: Journal) -> list[Swap]:
@@ -115,7 +115,7 @@ def _apply_replace(root: nn.Module, edit: Edit, journal: Journal) -> list[Swap]:
                     unit = unit_of(name, part, factored)
                     dense = weight_of(root, unit)
                     wanted = unit.algebra.refit([f.to(dense.device) for f in wanted], dense, unit.groups)
-                modules.fill(factored, wanted)
+                building.fill(factored, wanted)
         for registry in HOOKS:  # the same registries, so that handles work on
             if getattr(old, registry):
                 new.__dict__[registry] = _with_ours(getattr(old, registry), getattr(new, registry))

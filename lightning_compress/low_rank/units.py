@@ -11,8 +11,9 @@ from torch.nn.parameter import is_lazy
 
 from lightning_compress import layers, recurrent
 from lightning_compress.low_rank.attention import LowRankMultiheadAttention, projection_weights
+from lightning_compress.low_rank.building import dense_shape
 from lightning_compress.low_rank.factorization import METHODS, Method, Shape
-from lightning_compress.low_rank.modules import Factored, dense_shape
+from lightning_compress.low_rank.modules import Factored
 from lightning_compress.low_rank.recurrent import LowRankRecurrent
 from lightning_compress.targets import Pattern, first_and_last, get_submodule_clean, named_modules_clean, select
 from lightning_compress.targets import wrapped_module as wrapped_module

@@ -78,7 +78,7 @@ CASES: list[Case] = [
     ("loss class", distillation(losses=[lc.KD]), TypeError, "list of loss terms.*got <class"),
     ("task weight", distillation(task_weight=-1), ValueError, "task_weight is -1.*>= 0"),
     ("task weight text", distillation(task_weight="1"), TypeError, r"task_weight is a number, or a Scheduled"),
-    ("placement", distillation(placement="gpu"), ValueError, "'device' or 'cpu'; got 'gpu'"),
+    ("placement", distillation(placement="gpu"), ValueError, "one of replicate, cpu, shard; got 'gpu'"),
     ("student type", distillation(student=3), TypeError, "name of a part of the module.*got 3"),
     ("dotted name", distillation(name="a.b"), ValueError, "no dots; got 'a.b'"),
     ("temperature 0", lambda: lc.KD(temperature=0), ValueError, "temperature of 'kd' is 0; it must be finite and > 0"),

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from lightning_compress.errors import CompressionError
 from lightning_compress.low_rank import matrices
+from lightning_compress.low_rank.building import build, dense_shape
 from lightning_compress.low_rank.compaction import apply_recorded
 from lightning_compress.low_rank.decompositions import cp_als, cp_merge
 from lightning_compress.low_rank.factorization import METHODS
-from lightning_compress.low_rank.modules import Factored, build, dense_shape
+from lightning_compress.low_rank.modules import Factored
 from lightning_compress.low_rank.replacement import factored_layer, given, replace_edit
 from lightning_compress.low_rank.units import find_units, weight_of
 

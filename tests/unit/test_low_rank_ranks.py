@@ -13,10 +13,10 @@ from lightning_compress.cost import count_macs, count_parameters
 from lightning_compress.errors import CompressionError
 from lightning_compress.low_rank import costs, latency, matrices, ranks
 from lightning_compress.low_rank.budgets import Option, solve
+from lightning_compress.low_rank.building import build
 from lightning_compress.low_rank.compaction import apply_recorded
 from lightning_compress.low_rank.convergence import has_converged
 from lightning_compress.low_rank.evbmf import evbmf_rank
-from lightning_compress.low_rank.modules import build
 from lightning_compress.low_rank.planning import Context, Plan, Settings, check_reachable, make_plan
 from lightning_compress.low_rank.replacement import given, replace_edit
 from lightning_compress.low_rank.units import Unit, find_units, units_of, weight_of

@@ -82,7 +82,7 @@ def test_on_the_cpu_it_answers_where_it_was_asked():
     teacher = Teacher(net(), placement="cpu").to("meta")
     assert all(p.device.type == "cpu" for p in teacher.module.parameters())
     with pytest.raises(ValueError, match="'disk'"):
-        Teacher(net(), placement="disk")
+        Teacher(net(), placement="disk")  # type: ignore[arg-type]
 
 
 @pytest.mark.gpu
