@@ -150,12 +150,12 @@ class _Lsq(Function):
         inside = _aten.hardtanh_backward(upstream, v, qmin, qmax)
         of_step = of_offset = None
         if any(ctx.needs_input_grad[1:3]):
-            outside = upstream - inside
-            clipped = v.clamp(qmin, qmax)
-            # The rounding error is 0 where v is clipped, so the two sums are the two cases of the paper.
-            of_step = _total(upstream, clipped.round().sub_(clipped), step) + _total(outside, clipped, step)
-            of_step = _signed(of_step * factor, step)
-            of_offset = None if zero_point is None else (outside.sum_to_size(step.shape) * factor).to(step.dtype)
+            of_offset = None if zero_point is None else (upstream - inside).sum_to_size(step.shape) * factor
+            unclipped = _aten.hardtanh_backward(v, v, qmin, qmax)
+            # round(v) - v inside, and qmin or qmax outside: the cases of the paper
+            slope = _own(v).clamp_(qmin, qmax).round_().sub_(unclipped)
+            of_step = _signed(_total(upstream, slope, step) * factor, step)
+        of_offset = None if of_offset is None else of_offset.to(step.dtype)
         return inside.to(grad.dtype), of_step, of_offset, None, None, None, None
 
 
@@ -175,10 +175,16 @@ class _Pact(Function):
         upstream = grad.to(v.dtype)
         inside = _aten.hardtanh_backward(upstream, v, qmin if qmin < 0 else _BELOW_ZERO, qmax)
         of_alpha = None
-        if ctx.needs_input_grad[1]:  # clipped / qmax is 1 above the range, and 0 (or -1) below it
-            clipped = v.clamp(qmin, qmax)
-            of_alpha = _signed(_total(upstream - inside, clipped, alpha) / qmax, alpha)
+        if ctx.needs_input_grad[1]:
+            unclipped = _aten.hardtanh_backward(v, v, qmin, qmax)
+            slope = _own(v).clamp_(qmin, qmax).sub_(unclipped)  # qmax above the range, 0 (or qmin) below it
+            of_alpha = _signed(_total(upstream, slope, alpha) / qmax, alpha)
         return inside.to(grad.dtype), of_alpha, None, None, None
+
+
+def _own(v: Tensor) -> Tensor:
+    """Memory that may be overwritten: fresh memory costs a CPU more than the arithmetic does."""
+    return v.clone() if torch.is_grad_enabled() else v  # a second derivative needs what is there
 
 
 def _signed(gradient: Tensor, parameter: Tensor) -> Tensor:
@@ -187,8 +193,8 @@ def _signed(gradient: Tensor, parameter: Tensor) -> Tensor:
 
 
 def _total(a: Tensor, b: Tensor, like: Tensor) -> Tensor:
-    """Sum of a product over all that shares an element of `like`."""
+    """Sum of a product over all that shares an element of `like`; `b` may be overwritten."""
     if like.numel() > 1 or a.device.type != "cpu" or torch.compiler.is_compiling() or torch.is_grad_enabled():
-        return (a * b).sum_to_size(like.shape)
+        return _own(b).mul_(a).sum_to_size(like.shape)
     order = sorted(range(a.dim()), key=a.stride, reverse=True)  # flat without a copy, also for channels_last
     return torch.dot(a.permute(order).reshape(-1), b.permute(order).reshape(-1)).reshape(like.shape)
