@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-import copy
-import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_compress import manifest
+from lightning_compress.callbacks import teaching
 from lightning_compress.callbacks.base import DISTILLATION, CompressionCallback
+from lightning_compress.distillation.features import FeatureTerm
+from lightning_compress.distillation.following import EMATeacher
 from lightning_compress.distillation.losses import KD
-from lightning_compress.distillation.source import TapSource
-from lightning_compress.distillation.teachers import Teacher, find_student_module, resolve_teacher_module
+from lightning_compress.distillation.pairing import pair_layers
+from lightning_compress.distillation.source import TapSource, follow
+from lightning_compress.distillation.teachers import (
+    PLACEMENTS,
+    Placement,
+    Teacher,
+    find_student_module,
+    resolve_teacher_module,
+)
 from lightning_compress.errors import CompressionError
 from lightning_compress.nested import map_tensors
 from lightning_compress.probe import ExampleCall, from_example_inputs
@@ -35,15 +44,19 @@ class Distillation(CompressionCallback):
 
     Args:
         teacher: A path to a checkpoint of the same LightningModule class (dense, or compressed by this package); a
-            module whose forward takes what the student's takes; or ``"initial"``, the model with the weights that it
-            has when training begins, which every checkpoint of this fit then contains.
+            module whose forward takes what the student's takes; a function without arguments that makes the module, or
+            its name as ``"package.module:function"``; a list of these, which answer by the mean of their probabilities
+            (`Ensemble` for the mean of logits); ``"initial"``, the model with the weights that it has when training
+            begins; or `EMATeacher`, the moving average of the student. Of the last two every checkpoint of this fit
+            holds the weights.
         losses: Loss terms; default ``[KD()]``.
         student: Clean name of the submodule that is distilled; default: the LightningModule if it defines
             ``forward``, else its only child with parameters.
         task_weight: Factor of the user's own loss, >= 0, or a `Scheduled`.
-        placement: ``"device"`` keeps the teacher beside the student, ``"cpu"`` saves device memory and is slow.
-        example_inputs: Arguments of the student, needed only by losses that own a projector; default: the
-            LightningModule's ``example_input_array``.
+        placement: ``"replicate"`` keeps the whole teacher beside the student in each process; ``"cpu"`` saves device
+            memory and is slow; ``"shard"`` spreads it over the processes, with ``ModelParallelStrategy``.
+        example_inputs: Arguments of the student, needed only by losses that own a projector or pair layers by
+            themselves; default: the LightningModule's ``example_input_array``.
         allow_teacher_change: Accept another teacher when a checkpoint is resumed.
         name: Tells two instances apart.
 
@@ -63,18 +76,17 @@ class Distillation(CompressionCallback):
 
     def __init__(
         self,
-        teacher: str | os.PathLike[str] | nn.Module,
+        teacher: teaching.TeacherLike | Sequence[teaching.TeacherLike],
         losses: Sequence[LossTerm] | None = None,
         student: str | None = None,
         task_weight: float | Scheduled = 1.0,
-        placement: Literal["device", "cpu"] = "device",
+        placement: Placement = "replicate",
         example_inputs: Any = None,
         allow_teacher_change: bool = False,
         name: str | None = None,
     ) -> None:
         super().__init__(name)
-        if not isinstance(teacher, (str, os.PathLike, nn.Module)):
-            raise TypeError(f"teacher is a checkpoint path, a module or 'initial'; got {type(teacher).__name__}")
+        teaching.check_type(teacher)
         self.teacher = teacher
         if isinstance(losses, LossTerm):
             raise TypeError(f"losses is a list of loss terms; got one: write losses=[{type(losses).__name__}(...)]")
@@ -89,8 +101,8 @@ class Distillation(CompressionCallback):
             raise ValueError("losses is empty, so nothing would be distilled; leave it out for plain KD")
         if "." in self.name:
             raise ValueError(f"name becomes part of module names, so it has no dots; got {self.name!r}")
-        if placement not in ("device", "cpu"):
-            raise ValueError(f"placement is 'device' or 'cpu'; got {placement!r}")
+        if placement not in PLACEMENTS:
+            raise ValueError(f"placement is one of {', '.join(PLACEMENTS)}; got {placement!r}")
         if student is not None and not isinstance(student, str):
             raise TypeError(f"student is the name of a part of the module, such as 'model'; got {student!r}")
         non_negative(self.name, "task_weight", task_weight)
@@ -103,6 +115,7 @@ class Distillation(CompressionCallback):
         self._handle: Teacher | None = None
         self._shapes: Shapes | None = None
         self._root: nn.Module | None = None
+        self._averaged = -1
         self._fingerprint: str | None = None
         self._restored: Mapping[str, Any] | None = None
 
@@ -111,40 +124,48 @@ class Distillation(CompressionCallback):
         """Whether the teacher is the model as it was when training began."""
         return self.teacher == "initial"
 
+    @property
+    def is_average(self) -> bool:
+        """Whether the teacher is the student's average."""
+        return isinstance(self.teacher, EMATeacher)
+
     def needs_unedited_copy(self) -> bool:
-        """A path and ``"initial"`` are filled into a copy of the module as the user built it."""
-        return self._root is None and not isinstance(self.teacher, nn.Module)
+        """Paths, ``"initial"`` and averages are filled into a copy of the module as the user built it."""
+        made = self.is_initial or self.is_average or any(map(teaching.is_path, teaching.many(self.teacher)))
+        return self._root is None and made
 
     # ------------------------------------------------------------------------------------------------------ life
     def check(self, run: Coordinator) -> None:
         """See `CompressionCallback.check`."""
         run.adapter.require("distillation", self.name)
-        if self.is_initial:
+        if self.is_initial or self.is_average:
             run.adapter.require("distillation from teacher='initial'", self.name)
         elif self.needs_unedited_copy():
-            if not os.path.exists(self.teacher):  # type: ignore[arg-type]
-                raise CompressionError(
-                    f"{self.name}: there is no checkpoint at {str(self.teacher)!r}; give the path of one, a module, or "
-                    "'initial' for the model as it is when training begins"
-                )
-            manifest.read_checkpoint(self.teacher)  # type: ignore[arg-type]  # a wrong path shows before training
-            if manifest.edits_of(run.pl_module) and not run.continues:
-                cls = type(run.pl_module).__name__
-                raise CompressionError(
-                    f"{self.name}: the module already carries compression edits, so no copy of its dense form can "
-                    f"be made for {str(self.teacher)!r}; pass teacher=lc.load_from_checkpoint({cls}, path)"
-                )
+            teaching.check_paths(run, self.name, self.teacher)
+        if self.placement == "shard" and run.adapter.kind != "fsdp2":
+            raise CompressionError(
+                f"{self.name}: placement='shard' spreads the teacher over the mesh of ModelParallelStrategy, and this "
+                f"Trainer has {type(run.trainer.strategy).__name__}. Use that strategy, or placement='cpu'"
+            )
+        graph = [term.name for term in self.losses if term.teacher_graph]
+        if graph and (run.adapter.is_sharded or self.placement == "shard"):
+            raise CompressionError(
+                f"{self.name}: {graph} differentiates outputs by features inside the step, which sharded parameters "
+                "cannot take: they are gone again when they are needed. Use strategy='ddp', or AT, which compares "
+                "attention without gradients"
+            )
 
     def attach(self, run: Coordinator) -> None:
         """Build the teacher and put the taps on the student, before its first forward pass."""
         student_name, student = find_student_module(run.pl_module, self.student)
         if self._root is None:  # this Trainer may go on with the teacher that it had
-            self._root = self._build(run)
+            self._root = teaching.build(run, self.name, self.teacher, student_name)
         part = resolve_teacher_module(self._root, student_name, run.pl_module)
         if part is student:
             raise CompressionError(f"{self.name}: the teacher is the student itself; pass a copy (copy.deepcopy)")
         self._check_teacher(run, part)
         self._handle = Teacher(part, self.placement)
+        self._pair(run, student, part)
         source = TapSource(self.name, student, self.losses, self._handle, self.task_weight)
         run.pipeline.add(source)
         if any(type(term).build is not LossTerm.build for term in self.losses):
@@ -164,46 +185,36 @@ class Distillation(CompressionCallback):
                     f"{self.name}: the teacher's {name!r} is on the meta device, so it has no values; load its weights "
                     "on a real device first"
                 )
-            if not self.is_initial and bool(parameter.isnan().any()):
+            if not (self.is_initial or self.is_average) and bool(parameter.isnan().any()):
                 raise CompressionError(
                     f"{self.name}: the teacher's {name!r} holds NaN, so the loss would be NaN from the first step; its "
                     "training diverged, take an earlier checkpoint of it"
                 )
 
-    def _build(self, run: Coordinator) -> nn.Module:
-        if isinstance(self.teacher, nn.Module):
-            return self.teacher
-        if run.unedited is None:
-            raise CompressionError(
-                f"{self.name}: the model was sharded in `configure_model` before a copy of it could be made; call "
-                "`lightning_compress.materialize(self.model)` right before `fully_shard`, or pass a module as teacher"
-            )
-        module = copy.deepcopy(run.unedited)
-        if not self.is_initial:
-            checkpoint = manifest.read_checkpoint(self.teacher)
-            recorded = checkpoint.get(manifest.KEY)
-            manifest.replay(module, recorded)
-            try:
-                module.load_state_dict(manifest.without_auxiliary(checkpoint["state_dict"], module), strict=True)
-            except RuntimeError as error:
-                raise CompressionError(
-                    f"{self.name}: the teacher {str(self.teacher)!r} does not fit {type(module).__name__} as it was "
-                    f"built here: {error}. For another architecture, load it yourself and pass the module"
-                ) from error
-            manifest.apply_masks(module, recorded)
-        return module
-
     def _example(self, run: Coordinator) -> Any:
         example = self.example_inputs if self.example_inputs is not None else run.pl_module.example_input_array
         if example is None:
             raise CompressionError(
-                f"{self.name}: a loss owns a projector, whose size depends on the features; pass example_inputs= (the "
-                "student's arguments for a small batch) or define `example_input_array`"
+                f"{self.name}: a loss owns a projector, whose size depends on the features, or pairs layers; pass "
+                "example_inputs= (the student's arguments for a small batch) or define `example_input_array`"
             )
         return example
 
+    def _pair(self, run: Coordinator, student: nn.Module, teacher: nn.Module) -> None:
+        """Pair the layers of terms that leave that to us, and say how."""
+        terms = [term for term in self.losses if isinstance(term, FeatureTerm) and term.layers == "auto"]
+        if terms:
+            pairs = pair_layers(student, teacher, self._call(run, student))
+            for term in terms:
+                term.use_pairs(pairs)
+            rank_zero_info(f"{self.name}: layers paired for {', '.join(term.name for term in terms)}\n{pairs}")
+
     def _measure(self, run: Coordinator, source: TapSource) -> Shapes:
         student = source.taps.root
+        call = self._call(run, student)
+        return source.measure(lambda: call.run(student))
+
+    def _call(self, run: Coordinator, student: nn.Module) -> ExampleCall:
         like = next(student.parameters())
         call = from_example_inputs(self._example(run)).to(like.device)
         if like.dtype != torch.float32:  # bf16-true and the like
@@ -212,7 +223,7 @@ class Distillation(CompressionCallback):
                 return tensor.to(like.dtype) if tensor.is_floating_point() else tensor
 
             call = ExampleCall(call.module, map_tensors(cast, call.args), map_tensors(cast, call.kwargs))
-        return source.measure(lambda: call.run(student))
+        return call
 
     def followers(self, run: Coordinator) -> Sequence[Follower]:
         """Taps follow modules that are replaced."""
@@ -222,6 +233,10 @@ class Distillation(CompressionCallback):
         """Projectors follow the features that they are fed with, or the edit is refused."""
         before = self._shapes
         source = next((s for s in run.pipeline.sources if s.name == self.name), None)
+        if isinstance(source, TapSource) and self.is_average and self._root is not None:
+            teaching.follow_edits(run, self._root, swaps, journal)
+            assert source.runner is not None
+            follow(source.runner.taps, journal)
         if before is None or not isinstance(source, TapSource):
             return ()
         after = self._measure(run, source)
@@ -229,9 +244,12 @@ class Distillation(CompressionCallback):
         edits: list[Edit] = []
         for term in self.losses:
             child = child_name(source, term)
-            changed = any(before.student[spec] != after.student[spec] for spec in term.taps().student)
-            if changed and run.pl_module._modules.get(child) is not None:
+            changed = any(before.student.get(spec) != after.student.get(spec) for spec in term.taps().student)
+            term.module = run.pl_module._modules.get(child)
+            if changed and term.module is not None:
                 edits += term.follow(child, swaps, after)
+            elif changed and isinstance(term, FeatureTerm):
+                term.check_shapes(after)
         return edits
 
     def before_tuning(self, run: Coordinator) -> None:
@@ -240,18 +258,26 @@ class Distillation(CompressionCallback):
 
     def _place(self, run: Coordinator) -> None:
         assert self._handle is not None
-        double = any(p.dtype == torch.float64 for p in run.pl_module.parameters())
-        self._handle.to(run.adapter.device, torch.float64 if double else None)
+        kinds = {p.dtype for p in run.pl_module.parameters()}
+        exact = torch.float64 if torch.float64 in kinds else torch.float32
+        # Steps of an average are lost in half precision.
+        self._handle.to(run.adapter.device, exact if exact == torch.float64 or self.is_average else None)
+        if self.placement == "shard":
+            self._handle.shard(run.pl_module.device_mesh["data_parallel"])  # type: ignore[index]
 
     def start(self, run: Coordinator) -> None:
         """Everything is restored: fill an initial teacher, check that a resumed one is the same, place it."""
         assert self._handle is not None
         assert self._root is not None
-        if self.is_initial:
-            self._fill_initial(run)
+        if self.is_initial or self.is_average:
+            self._fill(run)
         self._place(run)
         fingerprint = self._handle.fingerprint()
         run.adapter.agree(fingerprint, f"the teacher of {self.name}")
+        if isinstance(self.teacher, EMATeacher):
+            fingerprint = "moving average"  # its weights come from the checkpoint
+            self._averaged = run.step
+            self.teacher.resolve(run.total_steps, run.steps_per_epoch, run.is_trial, run.decisions.of(self.name))
         if self._fingerprint not in (None, fingerprint) and not self.allow_teacher_change:
             raise CompressionError(
                 f"{self.name}: the checkpoint was trained with another teacher; pass the same one, or "
@@ -259,42 +285,47 @@ class Distillation(CompressionCallback):
             )
         self._fingerprint = fingerprint
 
-    def _fill_initial(self, run: Coordinator) -> None:
-        assert self._root is not None
+    def _fill(self, run: Coordinator) -> None:
+        """Give a teacher that is made of the student its weights: those of the checkpoint, or the student's."""
+        assert self._handle is not None
+        student = find_student_module(run.pl_module, self.student)[1]
+        target, source = (self._root, run.pl_module) if self.is_initial else (self._handle.module, student)
+        assert target is not None
         state = self._restored
         if state is None and self._fingerprint is None:
-            state = manifest.without_auxiliary(run.pl_module.state_dict(), self._root)
+            state = manifest.without_auxiliary(source.state_dict(), target)
         if state is None:
             return  # this Trainer goes on with the teacher that it had
-        own = self._root.state_dict()
-        differs = [k for k in own if k not in state or state[k].shape != own[k].shape]
-        if differs:
-            raise CompressionError(
-                f"{self.name}: teacher='initial' cannot be filled, because the structure was changed at setup "
-                f"({differs[0]!r} has another shape); pass a checkpoint path or a module as teacher"
-            )
-        self._root.load_state_dict(state, strict=True)
+        teaching.load_state(self.name, target, state)
         self._restored = None
 
     def batch_end(self, run: Coordinator) -> None:
         """Log each term, not weighted."""
+        if isinstance(self.teacher, EMATeacher) and run.step != self._averaged:
+            assert self._handle is not None
+            self._averaged = run.step
+            student = find_student_module(run.pl_module, self.student)[1]
+            teaching.average(run, self._handle.module, student, self.teacher.value_at("decay", run.step - 1))
         values = {k: v for k, v in run.pipeline.last.items() if k.startswith(f"{self.name}/")}
         if values:
             run.pl_module.log_dict(values)
 
     def close(self, run: Coordinator) -> None:
         """Free the device memory of the teacher."""
-        if self._handle is not None:
+        if self._handle is not None and not self._handle.is_sharded:
             self._handle.module.to("cpu")
 
     # ---------------------------------------------------------------------------------------------------- state
     def state_dict(self) -> dict[str, Any]:
-        """The teacher's fingerprint; of an initial teacher all its weights."""
+        """The teacher's fingerprint; of a teacher that is made of the student all its weights."""
         state = {**super().state_dict(), "fingerprint": self._fingerprint}
         if self._restored is not None:  # loaded, and nothing was trained since
             state["teacher"] = dict(self._restored)
-        elif self.is_initial and self._fingerprint is not None and self._root is not None:
-            state["teacher"] = {k: v.detach().cpu() for k, v in self._root.state_dict().items()}
+        elif (self.is_initial or self.is_average) and self._fingerprint is not None and self._handle is not None:
+            assert self._root is not None
+            kept = self._root if self.is_initial else self._handle.module
+            # A copy: a moving average changes while the checkpoint is being written.
+            state["teacher"] = {k: v.detach().clone().cpu() for k, v in kept.state_dict().items()}
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:

@@ -10,10 +10,14 @@ from lightning_compress.distillation.decoupled import DKD as DKD
 from lightning_compress.distillation.dense import DenseKD as DenseKD
 from lightning_compress.distillation.dense import ResponseKD as ResponseKD
 from lightning_compress.distillation.features import Hint as Hint
+from lightning_compress.distillation.following import EMATeacher as EMATeacher
+from lightning_compress.distillation.following import Ensemble as Ensemble
+from lightning_compress.distillation.following import Snapshots as Snapshots
 from lightning_compress.distillation.information import CRD as CRD
 from lightning_compress.distillation.information import VID as VID
 from lightning_compress.distillation.losses import KD as KD
 from lightning_compress.distillation.losses import kd_loss as kd_loss
+from lightning_compress.distillation.pairing import pair_layers as pair_layers
 from lightning_compress.distillation.relations import AT as AT
 from lightning_compress.distillation.relations import PKT as PKT
 from lightning_compress.distillation.relations import RKD as RKD

@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 from short_fits import read_csv
 
 from lightning_compress.callbacks import CompressionMonitor
+from lightning_compress.callbacks.strategies import StrategyAdapter
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,19 @@ CASES = [
     Case("low_rank", "low rank", "ddp", DOUBLE),
     Case("low_rank_unused", "low rank", "ddp_unused", DOUBLE),
     Case("low_rank_automatic", "low rank, automatic", "ddp", DOUBLE),
+    Case("low_rank_whitened", "low rank, whitened", "ddp", DOUBLE),
     Case("low_rank_masked", "low rank, masked", "ddp", DOUBLE),
     Case("low_rank_decay", "low rank, decay", "ddp", DOUBLE),
     Case("low_rank_at_setup", "low rank at setup", "ddp", DOUBLE),
     Case("distillation", "distillation", "ddp", DOUBLE),
+    Case("dkd", "dkd", "ddp", DOUBLE),
+    Case("hint", "hint", "ddp", DOUBLE),
+    Case("hint_then_kd", "hint, then kd", "ddp", DOUBLE),
+    Case("hint_accumulated", "hint", "ddp", {**DOUBLE, "accumulate_grad_batches": 3, "max_epochs": 9}),
+    Case("hint_and_channels", "hint and channels", "ddp", DOUBLE),
+    Case("attribution", "attribution", "ddp", DOUBLE),
+    Case("moving_average", "average", "ddp", {**DOUBLE, "model": fits.FrozenNorm}),
+    Case("similarity_per_rank", "similarity", "ddp", DOUBLE),
     Case("everything", "all", "ddp", DOUBLE),
     Case("everything_fp32", "all", "ddp"),
     Case("accumulation", "all", "ddp", {**DOUBLE, "accumulate_grad_batches": 3, "max_epochs": 9}),
@@ -73,6 +83,9 @@ CASES = [
     Case("fsdp2_int8", "int8", "fsdp2", {"validate": True}, "sharded"),
     Case("fsdp2_learned_steps", "lsq", "fsdp2", {}, "sharded"),
     Case("fsdp2_int8_masks_distillation", "int8, masks, distillation", "fsdp2", {}, "sharded"),
+    Case("fsdp2_hint", "hint", "fsdp2", {}, "sharded"),
+    Case("fsdp2_sharded_teacher", "sharded teacher", "fsdp2", {}, "sharded"),
+    Case("fsdp1_hint", "hint", "fsdp1", {}, "sharded"),
     Case("fsdp1_masks", "masks", "fsdp1", {}, "sharded"),
     Case("fsdp1_soft_masks", "soft masks", "fsdp1", {}, "sharded"),
     Case("fsdp1_n_of_m", "2:4", "fsdp1", {}, "sharded"),
@@ -103,6 +116,16 @@ def logged() -> list[float] | None:
         file = Path(folder, "metrics.csv")
         key = "compression/Pruning/sparsity"
         return [float(row[key]) for row in read_csv(file) if row.get(key)] if file.is_file() else None
+
+
+def without_a_new_wrapper() -> dict[str, Any]:
+    """The naive switch: DDP goes on with the buckets of parameters that are gone."""
+    kept = StrategyAdapter.rewrap
+    StrategyAdapter.rewrap = lambda self: None  # type: ignore[method-assign]
+    try:
+        return fits.fit("low rank", "ddp_unused", **DOUBLE)
+    finally:
+        StrategyAdapter.rewrap = kept  # type: ignore[method-assign]
 
 
 def one_process(case: Case) -> dict[str, Any]:

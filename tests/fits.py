@@ -85,6 +85,23 @@ def teacher() -> torch.nn.Module:
         return TinyNet(width=24)
 
 
+X = torch.zeros(2, 1, 8, 8)
+
+
+class PerRank(lc.SP):
+    """In one process what two compute: each compares its own samples, every other one of a batch."""
+
+    def loss(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        if dist.is_initialized():
+            return super().loss(student, teacher)
+        return (super().loss(student[::2], teacher[::2]) + super().loss(student[1::2], teacher[1::2])) / 2
+
+
+def _placement() -> Any:
+    """What a sharded teacher is compared with in one process is a whole one."""
+    return "shard" if "WORLD_SIZE" in os.environ else "replicate"
+
+
 TECHNIQUES: dict[str, Callable[[], list[CompressionCallback]]] = {
     "none": list,
     "masks": lambda: [Pruning(0.8, schedule=MASKS)],
@@ -106,6 +123,9 @@ TECHNIQUES: dict[str, Callable[[], list[CompressionCallback]]] = {
     ],
     "low rank, fixed shapes": lambda: [
         LowRank("ratio", schedule=lc.Schedule(begin=5), mode="masked", compact=False)
+    ],
+    "low rank, whitened": lambda: [
+        LowRank("ratio", schedule=lc.Schedule(begin=5), whiten=True, calibration_samples=48)
     ],
     "low rank, masks": lambda: [LowRank("ratio", schedule=lc.Schedule(begin=5)), Pruning(0.8, schedule=MASKS)],
     "distillation": lambda: [Distillation(teacher(), losses=[lc.KD(temperature=2.0)])],
@@ -133,6 +153,27 @@ TECHNIQUES: dict[str, Callable[[], list[CompressionCallback]]] = {
     "lsq, channels": lambda: [
         QuantizationAwareTraining("w2a2_lsq", **QAT), ChannelPruning(keep_macs=0.5, schedule=LATE_CUTS),
     ],
+    "dkd": lambda: [Distillation(teacher(), losses=[lc.DKD(temperature=2.0, beta=2.0)])],
+    "hint": lambda: [Distillation(teacher(), losses=[lc.KD(), lc.Hint(["net.5", "net.7"], 10.0)], example_inputs=X)],
+    "hint, then kd": lambda: [
+        Distillation(
+            teacher(),
+            losses=[
+                lc.Hint("net.5", weight=lc.Scheduled(10.0, 0.0, lc.Schedule(begin=6, curve="constant"))),
+                lc.KD(weight=lc.Scheduled(0.0, 1.0, lc.Schedule(begin=6, curve="constant"))),
+            ],
+            task_weight=lc.Scheduled(0.0, 1.0, lc.Schedule(begin=6, curve="constant")),
+            example_inputs=X,
+        )
+    ],
+    "hint and channels": lambda: [
+        Distillation(teacher(), losses=[lc.Hint(["net.2", "net.5"], 10.0)], example_inputs=X),
+        ChannelPruning(keep_macs=0.5, schedule=CUTS),
+    ],
+    "attribution": lambda: [Distillation(teacher(), losses=[lc.AttributionMatching("net.5", 100.0), lc.AT("net.2")])],
+    "average": lambda: [Distillation(lc.EMATeacher(0.7))],
+    "similarity": lambda: [Distillation(teacher(), losses=[PerRank("net.5", 10.0)])],
+    "sharded teacher": lambda: [Distillation(teacher(), losses=[lc.KD(2.0)], placement=_placement())],
     "all": lambda: [
         Distillation(teacher()), Pruning(0.8, schedule=MASKS), ChannelPruning(keep_macs=0.5, schedule=CUTS),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from zlib import crc32
 
 import torch
 import torch.nn.functional as F
@@ -271,7 +272,9 @@ class ProjectedTerm(FeatureTerm):
         }
         if self.projector == "never":
             self.check_shapes(shapes)
-        with isolated_rng():  # a run with a projector draws the same dropout as one without
+        # A run with a projector draws the same dropout as one without; and Lightning seeds anew where there are several
+        # processes, so what is drawn here may depend on the seed but not on what was drawn since.
+        with isolated_rng((torch.initial_seed() + crc32(self.name.encode())) % 2**32):
             return Projectors(widths, self.make_projector) if widths else None
 
     def make_projector(self, student: int, teacher: int) -> nn.Module:
