@@ -22,6 +22,7 @@ from lightning_compress.callbacks.testing import TinyNet, rank, tiny_loader
 NAMES = {
     "control": "none", "soft": "soft masks", "channels": "channels", "initial": "teacher, initial",
     "projector": "projector", "everything": "everything", "averaged": "everything, averaged",
+    "low_rank": "low rank, automatic", "low_rank_masked": "low rank, masked",
 }  # fmt: skip
 STOPS = ("step=1", "step=5", "epoch=0")
 _ENVIRONMENT = dict(os.environ)

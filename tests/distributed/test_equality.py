@@ -23,7 +23,7 @@ pytestmark = pytest.mark.distributed
 @cache
 def launch(group: str) -> dict[str, list[Any]]:
     names = [f"equality_cases:{case.name}" for case in CASES if case.group == group]
-    names += ["equality_cases:logged"] if group == "ddp" else []
+    names += {"ddp": ["equality_cases:logged"], "low_rank": ["equality_cases:without_a_new_wrapper"]}.get(group, [])
     return run_ranks(names, timeout=280, nodes=group == "nodes")
 
 
@@ -80,6 +80,13 @@ def test_sharded_strategies_refuse_structure_in_mid_fit(name: str) -> None:
     for result in ranks(case_of(name)):
         assert "Three ways out" in result["error"]
         assert "schedule='setup'" in result["error"]
+
+
+def test_without_a_new_wrapper_the_ranks_drift_apart_in_silence() -> None:
+    """The naive control: no error, and each rank trains its own factors."""
+    first, second = launch("low_rank")["without_a_new_wrapper"]
+    assert "error" not in first, first
+    assert not torch.allclose(first["weights"]["net.3.0.weight"], second["weights"]["net.3.0.weight"], rtol=1e-3)
 
 
 def test_the_monitor_logs_once_for_all_ranks() -> None:
