@@ -16,6 +16,7 @@ from lightning_compress.probe import ExampleCall
 from lightning_compress.quantization.attachment import TRANSFORM
 from lightning_compress.quantization.capture import execution_order, layer_inputs, layer_outputs
 from lightning_compress.quantization.channels import channel_dim, has_rows
+from lightning_compress.quantization.functional import exact
 from lightning_compress.quantization.gptq import Hessian, as_problem, gptq
 from lightning_compress.quantization.grids import Grid, masked_weights
 from lightning_compress.quantization.quantizers import Quantizer
@@ -71,7 +72,7 @@ def round_by_gptq(
             problem, hessian.value(), grid.map(lambda each: as_problem(layer, each)),  # noqa: B023
             damping=chosen.damping, block=chosen.block, act_order=chosen.act_order,
         ).reshape(weight.shape)  # fmt: skip
-        _write(layer, grid.values(codes))
+        _write(layer, grid.values(exact(codes)))
     return skipped
 
 
@@ -104,7 +105,7 @@ def round_by_adaround(
             function_of(layer), weight, grid, data, settings,
             channel=channel_dim(layer, data[0][1].dim()), axis=1 if transposed else 0,
         )  # fmt: skip
-        _write(layer, grid.values(codes.to(grid.scale.dtype)))
+        _write(layer, grid.values(exact(codes)))
     return skipped
 
 

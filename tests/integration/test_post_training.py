@@ -136,6 +136,19 @@ def test_written_weights_are_on_the_grid(
         assert not torch.equal(get_transform(plain, "fq", "weight")(plain.weight), layer.weight)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_precisions(dtype: torch.dtype, trained: nn.Module, digits: Any) -> None:
+    model, images = copy.deepcopy(trained).to(dtype), digits[0].tensors[0][:128].to(dtype)
+    for step in ("adaround", "gptq"):
+        found = quantize(model, images, steps=("equalization", step), settings=QUICK)
+        for name in ("0", "3", "6", "11", "13"):
+            layer = found.get_submodule(name)
+            assert layer.weight.dtype == dtype
+            assert torch.equal(get_transform(layer, "fq", "weight")(layer.weight), layer.weight)
+        agree = found(images).argmax(1) == trained(images.float()).argmax(1)
+        assert float(agree.float().mean()) > 0.97
+
+
 def test_masked_weights_stay_zero(trained: nn.Module, digits: Any) -> None:
     model = copy.deepcopy(trained)
     for name in ("6", "11"):
