@@ -55,7 +55,7 @@ class Dynamic:
         with graph.inserting_before(mark):
             call = graph.call_function
             if self.symmetric:
-                scale, zero = self._scale(graph, source, dims), None
+                scale, zero = self.scale(graph, source, dims), None
             else:
                 scale, zero = self._affine(graph, source, dims)
             scaled = call(_aten.mul.Tensor, (source, call(_aten.reciprocal.default, (scale,))))
@@ -69,7 +69,8 @@ class Dynamic:
         result.meta["val"] = value
         return result
 
-    def _scale(self, graph: fx.Graph, source: fx.Node, dims: list[int]) -> fx.Node:
+    def scale(self, graph: fx.Graph, source: fx.Node, dims: list[int]) -> fx.Node:
+        """Insert operators that compute symmetric scales over some dimensions."""
         call = graph.call_function
         high = call(_aten.amax.default, (source, dims, True))
         scale = call(_aten.div.Tensor, (high, self.high))
@@ -89,40 +90,62 @@ class Dynamic:
         return scale, zero
 
 
-def integer_linear(
-    module: fx.GraphModule, layer: Layer, weight: fx.Node, dynamic: Dynamic, constants: Constants, flattener: Flattener
-) -> None:
-    """Replace a linear layer by the product of integer matrices.
+class IntegerProducts:
+    """Replaces linear layers by products of integer matrices.
 
     Args:
         module: The graph; edited.
-        layer: The layer.
-        weight: Dequantizes its codes, with a scale for each output.
-        dynamic: How its input is quantized.
         constants: Values of the graph.
         flattener: Makes matrices of inputs.
     """
-    graph = module.graph
-    codes, scale = (constants.value(n) for n in weight.args[:2])  # type: ignore[arg-type]
-    name = constants.source(weight)
-    marked = layer.input.args[0] if layer.input.target is MARK else layer.input
-    assert isinstance(marked, fx.Node)
-    source = flattener.input(marked)
-    with graph.inserting_before(layer.node):
-        call = graph.call_function
-        rows = dynamic._scale(graph, source, [-1])
+
+    def __init__(self, module: fx.GraphModule, constants: Constants, flattener: Flattener) -> None:
+        self._module = module
+        self._constants = constants
+        self._flattener = flattener
+        self._inputs: dict[tuple[fx.Node, Dynamic], tuple[fx.Node, fx.Node]] = {}
+        self._weights: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
+
+    def replace(self, layer: Layer, weight: fx.Node, dynamic: Dynamic) -> None:
+        """Replace one layer.
+
+        Args:
+            layer: The layer.
+            weight: Dequantizes its codes, with a scale for each output.
+            dynamic: How its input is quantized.
+        """
+        marked = layer.input.args[0] if layer.input.target is MARK else layer.input
+        assert isinstance(marked, fx.Node)
+        source = self._flattener.input(marked)
+        with self._module.graph.inserting_before(layer.node):
+            call = self._module.graph.call_function
+            if (source, dynamic) not in self._inputs:
+                self._inputs[source, dynamic] = self._quantized(source, dynamic)
+            if weight not in self._weights:
+                self._weights[weight] = self._stored(weight)
+            (integers, rows), (codes, columns) = self._inputs[source, dynamic], self._weights[weight]
+            product = call(_aten._int_mm.default, (integers, codes))
+            result = call(_aten.mul.Tensor, (call(_aten.to.dtype, (product, torch.float32)), rows))
+            result = call(_aten.mul.Tensor, (result, columns))
+            if layer.bias is not None:
+                result = call(_aten.add.Tensor, (result, layer.bias))
+        result.meta = dict(layer.node.meta)
+        self._flattener.output(layer.node, result)
+
+    def _quantized(self, source: fx.Node, dynamic: Dynamic) -> tuple[fx.Node, fx.Node]:
+        """Codes (tokens, inputs) and scales (tokens, 1)."""
+        call = self._module.graph.call_function
+        rows = dynamic.scale(self._module.graph, source, [-1])
         scaled = call(_aten.mul.Tensor, (source, call(_aten.reciprocal.default, (rows,))))
         rounded = call(_aten.clamp.default, (call(_aten.round.default, (scaled,)), dynamic.low, dynamic.high))
-        integers = call(_aten.to.dtype, (rounded, torch.int8))
-        stored = constant(module, name, "transposed_int8", codes.t().contiguous())
-        columns = constant(module, name, "transposed_scale", scale)
-        product = call(_aten._int_mm.default, (integers, stored))
-        result = call(_aten.mul.Tensor, (call(_aten.to.dtype, (product, torch.float32)), rows))
-        result = call(_aten.mul.Tensor, (result, columns))
-        if layer.bias is not None:
-            result = call(_aten.add.Tensor, (result, layer.bias))
-    result.meta = dict(layer.node.meta)
-    flattener.output(layer.node, result)
+        return call(_aten.to.dtype, (rounded, torch.int8)), rows
+
+    def _stored(self, weight: fx.Node) -> tuple[fx.Node, fx.Node]:
+        """Codes (inputs, outputs) and scales (outputs,)."""
+        codes, scale = (self._constants.value(n) for n in weight.args[:2])  # type: ignore[arg-type]
+        name = self._constants.source(weight)
+        stored = constant(self._module, name, "transposed_int8", codes.t().contiguous())
+        return stored, constant(self._module, name, "transposed_scale", scale)
 
 
 def onnx_translations() -> dict[Callable[..., Any], Any]:

@@ -21,6 +21,7 @@ from lightning_compress.quantization.completion import complete, points
 from lightning_compress.quantization.flattening import COPYING, grid_before
 from lightning_compress.quantization.folding import fold_batch_norms
 from lightning_compress.quantization.marks import resolve_marks
+from lightning_compress.quantization.products import as_linear
 from lightning_compress.quantization.qdq import DEQUANTIZE, Grid, grid_of, is_quantize
 from lightning_compress.quantization.ranges import observe
 from lightning_compress.quantization.tracing import Traced, trace
@@ -99,6 +100,7 @@ def lower(
             f"{type(model).__name__} has no enabled quantizers, so the ranges of its activations are unknown: pass a "
             "few calls with real inputs as `calibration`, or `activations='dynamic'`"
         )
+    as_linear(traced.module)
     dynamic, reasons = resolve_marks(traced)
     folded = fold_batch_norms(traced.module)
     rewriter = LayerRewriter(traced.module, dynamic, reasons, untrained, untrained and activations == "dynamic")

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from lightning_compress.quantization.codes import by_axis, codes_of
 from lightning_compress.quantization.constants import Constants
-from lightning_compress.quantization.dynamic import Dynamic, integer_linear
+from lightning_compress.quantization.dynamic import Dynamic, IntegerProducts
 from lightning_compress.quantization.flattening import Flattener, grid_before
 from lightning_compress.quantization.folding import Layer, layer_of, with_operands
 from lightning_compress.quantization.qdq import DEQUANTIZE_CHANNELS, constant, dequantize_constant
@@ -59,6 +59,7 @@ class LayerRewriter:
         self._module = module
         self._constants = Constants(module)
         self._flattener = Flattener(module)
+        self._products = IntegerProducts(module, self._constants, self._flattener)
         self._dynamic = dynamic
         self._reasons = reasons
         self._untrained = untrained
@@ -92,7 +93,7 @@ class LayerRewriter:
         if self._untrained_dynamic and linear:
             dynamic = Dynamic()
         if dynamic is not None and linear and dynamic.is_integer and weight.args[3] == 0:
-            integer_linear(self._module, layer, weight, dynamic, self._constants, self._flattener)
+            self._products.replace(layer, weight, dynamic)
             kind = "int8 of each token, dynamic"
         elif dynamic is not None or self._untrained_dynamic:
             kind = "float" if dynamic is None else "float, rounded dynamically"

@@ -19,7 +19,6 @@ from lightning_compress.quantization.lockstep import lockstep, wilson
 from lightning_compress.quantization.lowering import lower
 from lightning_compress.quantization.spec import QuantSpec
 
-
 KINDS = [
     ("int8", "int8"), ("int4", "int8"), ("lsq4", "lsq4"), ("binary", "int8"), ("ternary", "int8"), ("po2_8", "po2_8"),
     ("lsq2", "lsq+4"), ("int8", "int8_dynamic"), ("int8", None),
@@ -144,6 +143,46 @@ def test_kinds_of_layers(name: str, granularity: str | None) -> None:
     lowered = lower(model.eval(), call, [call], completed=False)
     difference = lockstep(model, lowered, [call], dim=1).difference
     assert difference < (1e-5 if granularity is not None else 0.03)
+
+
+class Written(nn.Module):
+    """Products as GPT-2 and others write them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.randn(6, 8)), nn.Parameter(torch.randn(8, 3))
+        self.bias = nn.Parameter(torch.randn(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x.flatten(0, 1), self.a).relu().view(*x.shape[:2], 8) @ self.b
+
+
+@pytest.mark.parametrize("activations", ["static", "dynamic"])
+def test_products_with_matrices_are_linear_layers(activations: str) -> None:
+    torch.manual_seed(0)
+    model, call = Written().eval(), ExampleCall("", (torch.randn(3, 5, 6),))
+    lowered = lower(model, call, [call], activations=activations)  # type: ignore[arg-type]
+    assert sum(name.endswith("_int8") for name in lowered.program.state_dict) == 2
+    assert lockstep(model, lowered, [call]).difference < 0.03
+
+
+@pytest.mark.parametrize("activations", ["int8", "int8_dynamic"])
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_recurrent_layers_store_each_weight_once(kind: type[nn.Module], activations: str) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cells, self.head = kind(4, 6, batch_first=True), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.cells(x)[0][:, -1])
+
+    torch.manual_seed(0)
+    model, call = Net(), ExampleCall("", (torch.randn(2, 5, 4),))
+    quantized(model, [call], "int8", activations)
+    lowered = lower(model, call, [call], dynamic_batch=False, completed=False)
+    assert sum(name.endswith("_int8") for name in lowered.program.state_dict) == 3
+    assert lockstep(model, lowered, [call]).difference < 1e-5
 
 
 def test_scales_that_no_kernel_knows_stay_float_and_are_reported() -> None:
