@@ -107,6 +107,7 @@ class AttributionMatching(FeatureTerm):
     """
 
     teacher_graph = True
+    needs_places = True
 
     def __init__(
         self,

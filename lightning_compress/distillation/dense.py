@@ -153,6 +153,7 @@ class ResponseKD(FeatureTerm):
     """
 
     scheduled = ("weight", "temperature")
+    needs_places = True
 
     def __init__(
         self,

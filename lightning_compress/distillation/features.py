@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 from zlib import crc32
 
 import torch
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_compress.distillation.losses import exact, mean_of
+from lightning_compress.distillation.pairing import LayerPairs
 from lightning_compress.errors import CompressionError
 from lightning_compress.isolation import isolated_rng
 from lightning_compress.nested import tensors_in
@@ -144,13 +145,17 @@ class FeatureTerm(LossTerm):
         self.layers, self.channel_dim = layers, channel_dim
         self._pairs: tuple[tuple[str, str], ...] | None = None if layers == "auto" else _pairs_of(name, layers)
 
-    @property
-    def wants_pairs(self) -> bool:
-        """Whether layers still have to be paired."""
-        return self._pairs is None
+    needs_places: ClassVar[bool] = False
+    """Whether features are compared between places, so that vectors are no use."""
 
     def use_pairs(self, pairs: Mapping[str, str]) -> None:
-        """Take these pairs for ``layers="auto"``."""
+        """Take these pairs for ``layers="auto"``, as far as the term can compare them.
+
+        Raises:
+            ValueError: If it can compare none.
+        """
+        if isinstance(pairs, LayerPairs):
+            pairs = {row.student: row.teacher for row in pairs.rows if row.places > 1 or not self.needs_places}
         self._pairs = _pairs_of(self.name, pairs)
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ Size = tuple[int, ...]
 
 @dataclass(frozen=True)
 class LayerPair:
-    """A layer of each side, and how deep it is among those of its spatial size (1 is the last)."""
+    """A layer of each side, and how deep it is among those of its spatial size (1 is the last); how many places."""
 
     student: str
     teacher: str
@@ -29,6 +30,7 @@ class LayerPair:
     teacher_shape: Size
     student_depth: float
     teacher_depth: float
+    places: int
 
 
 class LayerPairs(Mapping[str, str]):
@@ -108,7 +110,7 @@ def pair_layers(student: nn.Module, teacher: nn.Module, example: Any, per_size: 
         for k in range(1, per_size + 1):
             i, j = (-(-len(side) * k // per_size) for side in (mine, theirs))  # rounded up
             (s, s_shape), (t, t_shape) = mine[i - 1], theirs[j - 1]
-            rows[s] = LayerPair(s, t, s_shape, t_shape, i / len(mine), j / len(theirs))
+            rows[s] = LayerPair(s, t, s_shape, t_shape, i / len(mine), j / len(theirs), math.prod(size[1:]))
     return LayerPairs(list(rows.values()))
 
 

@@ -94,6 +94,8 @@ class AT(FeatureTerm):
         'at'
     """
 
+    needs_places = True
+
     def __init__(
         self,
         layers: Layers = "auto",
