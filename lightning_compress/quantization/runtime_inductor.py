@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import tempfile
+import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -137,7 +138,8 @@ def _compiling() -> Iterator[None]:
     pointer = os.environ.get(_POINTER)
     config: Any = torch.compiler.config
     try:
-        with torch.no_grad(), config.patch(cache_key_tag="lightning-compress int8"):
+        with torch.no_grad(), config.patch(cache_key_tag="lightning-compress int8"), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="To copy construct from a tensor")  # inductor about its own code
             yield
     finally:
         log.disabled = before
