@@ -23,7 +23,7 @@ from lightning_compress.quantization.schemes import SCHEMES, Scheme, ordered, re
 from lightning_compress.quantization.signal import signal_ratios
 from lightning_compress.quantization.spec import QuantSpec, parse
 
-QUICK = Settings(samples=256, adaround=AdaRoundSettings(iterations=150))
+QUICK = Settings(samples=256, adaround=AdaRoundSettings(iterations=80))
 
 
 def make() -> nn.Sequential:
