@@ -1,0 +1,80 @@
+"""Cases of two processes that the table of equality has no column for."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import fits
+import lightning as L
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+from torch import nn
+
+import lightning_compress as lc
+from lightning_compress import manifest
+from lightning_compress.callbacks import Distillation
+from lightning_compress.callbacks.testing import TinyNet, rank, tiny_loader
+
+
+def average() -> dict[str, Any]:
+    """An average of a student with batch normalisation, whose statistics differ between ranks after a step."""
+    callback = Distillation(lc.EMATeacher(0.7))
+    L.seed_everything(0, verbose=False)
+    module = TinyNet(batchnorm=True)
+    world = int(os.environ["WORLD_SIZE"])
+    trainer = L.Trainer(
+        devices=world, strategy=DDPStrategy(process_group_backend="gloo"), max_epochs=2, num_sanity_val_steps=0,
+        callbacks=[callback], **fits.QUIET,
+    )  # fmt: skip
+    trainer.fit(module, tiny_loader(world_size=world, rank=rank()))
+    teacher = callback.state_dict()["teacher"]
+    own = {k: v for k, v in module.state_dict().items() if "running" in k}
+    return {"teacher": manifest.digest(dict(teacher)), "statistics": manifest.digest(own)}
+
+
+class Large(nn.Module):
+    """Two blocks that are worth a gather of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(nn.Linear(64, 1100), nn.Linear(1100, 64))
+        self.head = nn.Linear(64, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.blocks(x.flatten(1)))
+
+
+class Sizes(L.Callback):
+    """Bytes of the teacher that this process holds while nothing runs."""
+
+    def __init__(self, callback: Distillation) -> None:
+        self.callback = callback
+        self.held, self.parts = 0, 0
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        module = self.callback._handle.module
+        self.held = sum(getattr(p, "_local_tensor", p).numel() for p in module.parameters())
+        self.parts = sum(hasattr(m, "reshard") for m in module.modules())
+
+
+def sharded() -> dict[str, Any]:
+    """A teacher spread over two processes."""
+    torch.manual_seed(1)
+    callback = Distillation(Large(), placement="shard")
+    sizes = Sizes(callback)
+    found = fits.fit([callback], "fsdp2", extra=[sizes])
+    return {"held": sizes.held, "parts": sizes.parts, "losses": found["losses"], "finger": callback._fingerprint}
+
+
+def whole() -> dict[str, Any]:
+    """The same teacher, whole in each process."""
+    torch.manual_seed(1)
+    callback = Distillation(Large())
+    found = fits.fit([callback], "fsdp2")
+    return {"losses": found["losses"], "finger": callback._fingerprint}
+
+
+def attribution() -> None:
+    """Refused: parameters are gone when the outer gradient needs them."""
+    fits.fit("attribution", "fsdp2")

@@ -1,0 +1,39 @@
+"""Teachers in two processes: the same average on every rank, and a sharded one that each holds a half of."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+from distillation_ranks import Large
+
+from lightning_compress.callbacks.testing import run_ranks
+
+pytestmark = pytest.mark.distributed
+CASES = ("average", "sharded", "whole", "attribution")
+
+
+@cache
+def launch() -> dict[str, list[Any]]:
+    return run_ranks([f"distillation_ranks:{name}" for name in CASES], timeout=120)
+
+
+def test_the_average_is_the_same_on_every_rank_though_statistics_are_not() -> None:
+    first, second = launch()["average"]
+    assert first["teacher"] == second["teacher"]
+    assert first["statistics"] != second["statistics"]  # else nothing was shown
+
+
+def test_a_sharded_teacher_is_held_in_halves_and_answers_the_same() -> None:
+    total = sum(p.numel() for p in Large().parameters())
+    for sharded, whole in zip(launch()["sharded"], launch()["whole"], strict=True):
+        assert sharded["held"] <= total / 2 + 100
+        assert sharded["parts"] == 3  # two blocks and the rest
+        assert sharded["losses"] == pytest.approx(whole["losses"], rel=1e-6)
+        assert sharded["finger"] == whole["finger"]
+
+
+def test_attribution_is_refused_on_sharded_strategies() -> None:
+    for result in launch()["attribution"]:
+        assert "which sharded parameters cannot take" in result["error"]
