@@ -286,11 +286,8 @@ class Quantizer(nn.Module):
     def _ends(self, lo: Tensor, hi: Tensor) -> dict[str, Tensor]:
         """The range as it is stored: it contains zero, and says by itself whether a symmetric one has a sign."""
         lo, hi = lo.float().clamp(max=0.0), hi.float().clamp(min=0.0)
-        if self.spec.symmetric and self.of == "activations":
-            sign = self.signed if self.enabled else self._sign_of_spec()
-            hi = torch.maximum(hi, -lo) if sign is not False else hi
-            lo = torch.where(lo < 0, -hi, lo) if sign is None else -hi * float(sign)
-        return {"lo": lo, "hi": hi}
+        sign = self.signed if self.enabled else self._sign_of_spec()
+        return {"lo": torch.zeros_like(lo) if self.spec.symmetric and sign is False else lo, "hi": hi}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantizer:
         """Ranges stay float32 when a model is cast: half precision has no more digits than the integers have."""

@@ -71,8 +71,7 @@ def mse_range(
 def _qparams(lo: Tensor, hi: Tensor, spec: QuantSpec, levels: tuple[int, int]) -> tuple[Tensor, Tensor]:
     if not spec.symmetric:
         return qf.affine_qparams(lo, hi, *levels, spec.power_of_two)
-    size = torch.maximum(hi, -lo) if levels[0] < 0 else hi
-    scale = qf.symmetric_qparams(-size, size, *levels, spec.power_of_two)
+    scale = qf.symmetric_qparams(lo, hi, *levels, spec.power_of_two)
     return scale, torch.zeros_like(scale)
 
 
@@ -86,13 +85,10 @@ def mse_weight_range(weight: Tensor, layout: Layout, spec: QuantSpec, levels: tu
         levels: Lowest and highest integer.
 
     Returns:
-        Lower and upper ends of the layout's size, float32; symmetric ones for a symmetric spec.
+        Lower and upper ends of the layout's size, float32.
     """
     rows = qf.exact(layout.rows(weight.detach()))
     lo, hi = (end.float() for end in layout.extremes(rows))
-    if spec.symmetric:
-        hi = torch.maximum(hi, -lo) if levels[0] < 0 else hi.clamp(min=0.0)
-        lo = -hi if levels[0] < 0 else torch.zeros_like(hi)
     dims = layout.dims(rows) or tuple(range(rows.dim()))
 
     def error(ratio: Tensor) -> Tensor:
