@@ -131,6 +131,8 @@ TECHNIQUES: dict[str, Make] = {
     "teacher, module": lambda folder: [Distillation(fits.teacher())],
     "teacher, path": lambda folder: [Distillation(saved_teacher(folder))],
     "teacher, initial": lambda folder: [Distillation("initial")],
+    "teacher, average": lambda folder: [Distillation(lc.EMATeacher(0.7))],
+    "hint, then kd": lambda folder: fits.TECHNIQUES["hint, then kd"](),  # type: ignore[dict-item, return-value]
     "projector": lambda folder: [
         Distillation(fits.teacher(), losses=[Feature()], example_inputs=torch.zeros(2, 1, 8, 8))
     ],
