@@ -1,9 +1,10 @@
 """Activations whose range is taken from the tensor in each call, and the integer product of two matrices.
 
 With a scale for each token (row), a linear layer is ``int8 @ int8 -> int32``, times the row's and the column's scale
-(as in Yao et al., ZeroQuant, NeurIPS 2022). Inductor with torchao turns the operators into one oneDNN kernel, ONNX
-Runtime and OpenVINO know them as ``MatMulInteger`` (see `onnx_translations`). Anything else (convolutions, affine
-ranges) keeps its numbers, but computes in floating point.
+(as in Yao et al., ZeroQuant, NeurIPS 2022). PyTorch and inductor compute that product with integers, as does ONNX
+Runtime (``MatMulInteger``, see `onnx_translations`); OpenVINO gives the same numbers in floating point. Anything else
+with dynamic ranges (convolutions, affine ranges, ranges of a sample) keeps its numbers, but computes in floating point
+everywhere.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ COPYING = (
     _aten.unsqueeze.default, _aten.expand.default, _aten.clone.default, _aten.contiguous.default, _aten.alias.default,
     _aten.slice.Tensor, _aten.select.int, _aten.max_pool1d.default, _aten.max_pool2d.default, _aten.max_pool3d.default,
     _aten.channel_shuffle.default, _aten.pixel_shuffle.default, _aten.detach.default, _aten.dropout.default,
+    _aten.reshape_as.default, _aten.view_as.default,
 )  # fmt: skip
 
 

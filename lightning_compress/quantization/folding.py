@@ -23,6 +23,8 @@ CONVOLUTIONS = (
 )
 TRANSPOSED = (_aten.conv_transpose1d.default, _aten.conv_transpose2d.input, _aten.conv_transpose3d.input)
 LAYERS = (*CONVOLUTIONS, *TRANSPOSED, _aten.linear.default)
+_LIKE = (_aten.reshape_as.default, _aten.view_as.default, _aten.expand_as.default)  # the second one gives its shape
+_FLATTENING = (_aten.reshape.default, _aten.view.default, _aten.flatten.using_ints)
 _NORMS = (_aten._native_batch_norm_legit_no_training.default, _aten.batch_norm.default)
 
 
@@ -99,12 +101,13 @@ def fold_batch_norms(module: fx.GraphModule) -> dict[str, str]:
         if node.op != "call_function" or node.target not in _NORMS:
             continue
         constants = Constants(module)
-        layer = layer_of(node.args[0], constants)
+        between = _flattening(node.args[0])
+        layer = layer_of(node.args[0] if between is None else between.args[0], constants)
         if layer is None or not _is_foldable(node, layer, constants):
             continue
         norm, taker = (constants.source(n).rpartition(".")[0] for n in (node.args[3], layer.weight))
         folded[norm] = taker
-        _fold(module, node, layer, constants)
+        _fold(module, node, layer, between, constants)
     module.graph.eliminate_dead_code()
     module.recompile()
     return folded
@@ -112,12 +115,14 @@ def fold_batch_norms(module: fx.GraphModule) -> dict[str, str]:
 
 def _is_foldable(node: fx.Node, layer: Layer, constants: Constants) -> bool:
     statistics = node.args[1:5]
-    if len(layer.node.users) != 1 or not all(constants.is_constant(n) for n in statistics):
+    if len(_readers(layer.node)) != 1 or not all(constants.is_constant(n) for n in statistics):
         return False
     if not isinstance(node.args[3], fx.Node) or not isinstance(node.args[4], fx.Node):
         return False  # statistics of the batch itself
     if node.target is _aten.batch_norm.default and node.args[5] is not False:
         return False
+    if layer.node.target is not _aten.linear.default and layer.node.meta["val"].dim() != _rank(layer):
+        return False  # a single image without a batch dimension
     if layer.weight.target is DEQUANTIZE_CHANNELS:
         if layer.weight.args[3] != layer.axis:
             return False  # a scale for each input channel cannot take a factor of the output channels
@@ -127,11 +132,31 @@ def _is_foldable(node: fx.Node, layer: Layer, constants: Constants) -> bool:
             return False  # -(-128) is no int8; only specs that are not narrow have it
     if node.target is not _aten.batch_norm.default and any(u.target is not operator.getitem for u in node.users):
         return False
-    dims = layer.node.meta["val"].dim()
-    return layer.node.target is not _aten.linear.default or dims == 2
+    # Channels are dimension 1 for the normalization, and the last one for linear layers.
+    return layer.node.target is not _aten.linear.default or node.args[0].meta["val"].dim() == 2  # type: ignore[union-attr]
 
 
-def _fold(module: fx.GraphModule, node: fx.Node, layer: Layer, constants: Constants) -> None:
+def _readers(node: fx.Node) -> list[fx.Node]:
+    """What reads the values of a tensor, not its shape only."""
+    return [user for user in node.users if user.target not in _LIKE or user.args[0] is node]
+
+
+def _rank(layer: Layer) -> int:
+    value = layer.weight.meta.get("val")
+    return value.dim() if isinstance(value, Tensor) else -1
+
+
+def _flattening(node: Any) -> fx.Node | None:
+    """The node, if it makes a matrix with the same last dimension, for the normalization only."""
+    if not isinstance(node, fx.Node) or node.target not in _FLATTENING or len(node.users) != 1:
+        return None
+    before, after = node.args[0].meta.get("val"), node.meta.get("val")  # type: ignore[union-attr]
+    if not isinstance(before, Tensor) or not isinstance(after, Tensor) or after.dim() != 2:
+        return None
+    return node if isinstance(after.shape[1], int) and before.shape[-1] == after.shape[1] else None
+
+
+def _fold(module: fx.GraphModule, node: fx.Node, layer: Layer, between: fx.Node | None, constants: Constants) -> None:
     mean, variance = (constants.value(n) for n in node.args[3:5])  # type: ignore[arg-type]
     gamma, beta = (None if n is None else constants.value(n) for n in node.args[1:3])  # type: ignore[arg-type]
     eps = node.args[6] if node.target in _NORMS[:1] else node.args[7]
@@ -149,8 +174,13 @@ def _fold(module: fx.GraphModule, node: fx.Node, layer: Layer, constants: Consta
         shift = constant(module, name, "folded_bias", bias.float())
         fused = with_operands(layer, layer.input, weight, shift)
     readers = [node] if node.target is _aten.batch_norm.default else [u for u in node.users if u.args[1] == 0]
+    result = fused
+    if between is not None:
+        between.replace_input_with(layer.node, fused)
+        result = between
     for reader in readers:
-        reader.replace_all_uses_with(fused)
+        reader.replace_all_uses_with(result)
+    layer.node.replace_all_uses_with(fused)  # who asked for its shape only
 
 
 def _scaled(module: fx.GraphModule, layer: Layer, factor: Tensor, constants: Constants, name: str) -> fx.Node:

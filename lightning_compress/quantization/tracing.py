@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -62,14 +62,14 @@ class Traced:
         module: Functional graph (no operator writes to a tensor), on the CPU, in float32.
         args: Example arguments.
         kwargs: Example keyword arguments.
-        shapes: Which dimensions are free, for `torch.export`.
+        batch: Says which dimensions of an argument are free; `None` if no dimension is.
         quantizers: The quantizers whose marks are in the graph.
     """
 
     module: fx.GraphModule
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    shapes: Any
+    batch: Callable[[Any], Any] | None
     quantizers: dict[str, Any]
 
     def flat(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
@@ -83,8 +83,13 @@ class Traced:
         _drop_unread(self.module)
         self.module.graph.lint()
         self.module.recompile()
+        shapes: Any = None
+        if self.batch is not None:
+            positional, named = tree_map(self.batch, (self.args, self.kwargs))
+            names = inspect.signature(self.module.forward).parameters  # not always those of the model: *args, **kwargs
+            shapes = {**dict(zip(names, positional, strict=False)), **named}
         with torch.no_grad():
-            return torch.export.export(self.module, self.args, self.kwargs, dynamic_shapes=self.shapes, strict=False)
+            return torch.export.export(self.module, self.args, self.kwargs, dynamic_shapes=shapes, strict=False)
 
 
 def trace(model: nn.Module, example: ExampleCall, dynamic_batch: bool = True) -> Traced:
@@ -103,9 +108,12 @@ def trace(model: nn.Module, example: ExampleCall, dynamic_batch: bool = True) ->
     quantizers = _mark_quantizers(twin)
     module = get_submodule_clean(twin, example.module)
     args, kwargs = on_cpu(example)
+    batch: Callable[[Any], Any] | None = None
     shapes: Any = None
     if dynamic_batch:
-        args, kwargs, shapes = _free_batch(module, args, kwargs)
+        args, kwargs, batch = _free_batch(args, kwargs)
+    if batch is not None:
+        shapes = tree_map(batch, dict(inspect.signature(module.forward).bind(*args, **kwargs).arguments))
     try:
         with _tracing():
             program = torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
@@ -123,7 +131,7 @@ def trace(model: nn.Module, example: ExampleCall, dynamic_batch: bool = True) ->
         ) from error
     assert isinstance(graph, fx.GraphModule)
     graph.recompile()
-    return Traced(graph, args, kwargs, shapes, quantizers)
+    return Traced(graph, args, kwargs, batch, quantizers)
 
 
 def _tidy(module: Any) -> None:
@@ -208,22 +216,23 @@ def _mark_quantizers(twin: nn.Module) -> dict[str, Any]:
 
 
 def _free_batch(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
-    """Arguments with at least two samples, and which of their dimensions are the batch."""
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any], Callable[[Any], Any] | None]:
+    """Arguments with at least two samples, and what says which of their dimensions are the batch."""
     sizes = [x.shape[0] for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.dim()]
     if not sizes:
         return args, kwargs, None
+    dimension, free = torch.export.Dim("batch"), set[int]()
 
-    def is_batch(x: Any) -> bool:
-        return isinstance(x, Tensor) and x.dim() > 0 and x.shape[0] == sizes[0]
+    def widened(x: Any) -> Any:
+        if not isinstance(x, Tensor) or not x.dim() or x.shape[0] != sizes[0]:
+            return x
+        x = torch.cat([x, x]) if sizes[0] == 1 else x.clone()  # tracing takes a size of 1 for a constant
+        free.add(id(x))
+        return x
 
-    batch = torch.export.Dim("batch")
-    by_parameter = dict(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
-    shapes = tree_map(lambda x: {0: batch} if is_batch(x) else None, by_parameter)
-    if sizes[0] == 1:  # tracing takes a size of 1 for a constant
-        args, kwargs = tree_map(lambda x: torch.cat([x, x]) if is_batch(x) else x, (args, kwargs))
-    return args, kwargs, shapes
+    args, kwargs = tree_map(widened, (args, kwargs))
+    return args, kwargs, lambda x: {0: dimension} if id(x) in free else None
 
 
 def _drop_unread(module: fx.GraphModule) -> None:

@@ -67,7 +67,40 @@ class TwoReaders(nn.Module):
         return self.norm(y) + y
 
 
+class OverTokens(nn.Module):
+    """As LeViT normalizes tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(3, 4), nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.linear(x)
+        return self.norm(x.flatten(0, 1)).reshape_as(x)
+
+
+def test_tokens_as_rows_of_a_matrix() -> None:
+    torch.manual_seed(0)
+    model, x = randomized(OverTokens()), torch.randn(2, 5, 3)
+    traced = trace(model, ExampleCall("", (x,)))
+    assert fold_batch_norms(traced.module) == {"norm": "linear"}
+    with torch.no_grad():
+        torch.testing.assert_close(traced.module(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+class OneImage(nn.Module):
+    """A convolution without a batch dimension: the normalization takes rows for channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x[0]))
+
+
 NOT_FOLDABLE = {
+    "one image": (OneImage, (1, 3, 4, 4)),
     "two readers": (TwoReaders, (2, 3, 4, 4)),
     "before the layer": (lambda: nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1)), (2, 3, 4, 4)),
     "behind an activation": (
@@ -87,7 +120,7 @@ def test_what_cannot_be_folded_stays(name: str) -> None:
     torch.manual_seed(0)
     make, shape = NOT_FOLDABLE[name]
     model, x = randomized(make()), torch.randn(shape)
-    traced = trace(model, ExampleCall("", (x,)))
+    traced = trace(model, ExampleCall("", (x,)), dynamic_batch=len(x) > 1)
     assert fold_batch_norms(traced.module) == {}
     with torch.no_grad():
         torch.testing.assert_close(traced.module(x), model(x))

@@ -246,6 +246,29 @@ def test_operators_that_write(viewed: bool) -> None:
     assert written == []
 
 
+class Open(nn.Module):
+    """Arguments of any name, as those of transformers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(3, 2)
+
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        return self.net(args[0] + kwargs["more"]) + kwargs["table"].sum()
+
+
+def test_open_signatures_and_which_tensors_are_batches() -> None:
+    torch.manual_seed(0)
+    model, table = Open().eval(), torch.randn(2, 3)  # of the size that a batch of 1 is traced with
+    call = ExampleCall("", (torch.randn(1, 3),), {"more": torch.randn(1, 3), "table": table})
+    x, more = torch.randn(5, 3), torch.randn(5, 3)
+    lowered = lower(model, call, [call, ExampleCall("", (x,), {"more": more, "table": table})])
+    with torch.no_grad():
+        expected = model(x, more=more, table=table)
+    assert (lowered.module()(x, more=more, table=table) - expected).abs().max() < 0.05
+    assert lowered.module()(x, more=more, table=table).shape == (5, 2)
+
+
 def test_part_of_a_model() -> None:
     model = nn.ModuleDict({"net": nn.Linear(4, 3), "unused": nn.Linear(1, 1)}).eval()
     call = ExampleCall("net", (torch.randn(2, 4),))
