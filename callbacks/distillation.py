@@ -76,7 +76,7 @@ class Distillation(CompressionCallback):
 
     def __init__(
         self,
-        teacher: teaching.TeacherLike | Sequence[teaching.TeacherLike],
+        teacher: Sequence[teaching.TeacherLike] | teaching.TeacherLike,
         losses: Sequence[LossTerm] | None = None,
         student: str | None = None,
         task_weight: float | Scheduled = 1.0,

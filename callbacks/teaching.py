@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from lightning_compress.callbacks.coordinator import Coordinator
     from lightning_compress.surgery import Journal, Swap
 
-TeacherLike = str | os.PathLike[str] | nn.Module | Callable[[], nn.Module] | EMATeacher
+# In YAML a text would pass for anything, so what is no text comes first.
+TeacherLike = EMATeacher | nn.Module | Callable[[], nn.Module] | os.PathLike[str] | str
 """What a teacher is given as."""
 
 _FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")

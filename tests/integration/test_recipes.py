@@ -30,7 +30,7 @@ QUIET = [
     "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.logger=CSVLogger",
     "--trainer.logger.save_dir=logs",
 ]  # fmt: skip
-WITH_TEACHER = ("distil", "all_in_one")
+WITH_TEACHER = ("distil", "distil_in_phases", "all_in_one")
 
 
 def run(command: str, recipe: str, *arguments: str) -> None:
@@ -50,7 +50,9 @@ def record_of(path: Path) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("recipe", ["dense", "prune", "channel_prune", "quantize", "distil", "all_in_one"])
+@pytest.mark.parametrize(
+    "recipe", ["dense", "prune", "channel_prune", "quantize", "distil", "distil_in_phases", "all_in_one"]
+)
 def test_recipe(recipe: str) -> None:
     """It fits, its checkpoint holds what was asked for, and the checkpoint can be tested and used."""
     path = fitted(recipe, "--trainer.max_epochs=6")
