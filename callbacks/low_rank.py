@@ -261,8 +261,7 @@ class LowRank(CompressionCallback):
             known = {*self.done, *due}
             self.done += [event for event in self.resolved.events if event not in known]  # there is nothing left to do
         work = Work(self, run)
-        work.mask(step) if self.mode == "masked" else work.replace(step)
-        run.decisions.record(step, f"{self.name}/switch", reason)
+        work.mask(step, reason) if self.mode == "masked" else work.replace(step, reason)
         if self._decay is not None:
             self._decay.forget()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_compress import manifest
 from lightning_compress.callbacks import examples, interplay
 from lightning_compress.callbacks.events import EventRecord
+from lightning_compress.callbacks.low_rank_inputs import covariances
 from lightning_compress.callbacks.pruning import Pruning
 from lightning_compress.cost import count_parameters
 from lightning_compress.errors import CompressionError
@@ -22,14 +23,11 @@ from lightning_compress.low_rank.factorization import Ranks
 from lightning_compress.low_rank.planning import Context, Plan, check_reachable, make_plan
 from lightning_compress.low_rank.replacement import REPLACE, given, replace_edit
 from lightning_compress.low_rank.units import Unit, factored_parts, find_units, unit_of, weight_of
-from lightning_compress.low_rank.whitening import Covariances
-from lightning_compress.probe import ExampleCall, calibration_batches
+from lightning_compress.probe import ExampleCall
 
 if TYPE_CHECKING:
     from lightning_compress.callbacks.coordinator import Coordinator
     from lightning_compress.callbacks.low_rank import LowRank
-
-_BATCH = 32
 
 
 class Work:
@@ -44,20 +42,22 @@ class Work:
         self.owner, self.run, self.root = owner, run, run.pl_module
 
     # ------------------------------------------------------------------------------------------------- replacing
-    def replace(self, step: int) -> None:
+    def replace(self, step: int, reason: str | None = None) -> None:
         """Put factors in the place of layers."""
         run, owner = self.run, self.owner
         with run.timed() as seconds:
             call = self._example([unit.layer for unit in self._dense_units(None)[0]])
             seen = run.adapter.decide(lambda: self._observe(call))
             units, kept = self._dense_units(seen)
-            covariances, notes = self._covariances(units)
-            plan = run.adapter.decide(lambda: self._plan(step, units, kept, call, seen, covariances, None))
+            seen_inputs, notes = covariances(owner, run, units)
+            plan = run.adapter.decide(lambda: self._plan(step, units, kept, call, seen, seen_inputs, None))
             self._record_table(step, plan)
             first, transaction = not run.is_changed, None
             if plan.chosen:
                 with given(self.root, plan.factors, owner.optimizer_state):
                     transaction = run.edit(owner.name, [{**replace_edit(plan.layers), "by": owner.name}])
+            if reason is not None:
+                run.decisions.record(step, f"{owner.name}/switch", reason)
             notes += _kept(plan.kept) + ([] if transaction is None else _restarts(transaction.notes))
             notes += self._reset_monitors(first) if plan.chosen else []
             record = self._record(step, plan, notes, seconds())
@@ -197,30 +197,44 @@ class Work:
                 found[unit] = _ranks_of(unit, prefix, module)
         return found
 
-    def mask(self, step: int) -> None:
+    def mask(self, step: int, reason: str) -> None:
         """Zero the directions that the ranks leave out; shapes stay."""
         run, owner = self.run, self.owner
         with run.timed() as seconds:
             present = self.masked_units()
             self._refuse_masks(present)
             call = self._example([unit.layer for unit in present])
-            covariances, notes = self._covariances(list(present))
+            seen_inputs, notes = covariances(owner, run, list(present))
             seen = None if call is None else run.adapter.in_step(lambda: self._observe_everywhere(call))
             whole, size = self._whole(present), self._size()
             plan = run.adapter.decide(
-                lambda: self._plan(step, list(present), {}, call, seen, covariances, whole, present, size)
+                lambda: self._plan(step, list(present), {}, call, seen, seen_inputs, whole, present, size)
             )
             chosen = {unit: plan.factors[unit.layer][unit.part] for unit in plan.chosen}
             run.adapter.agree({u.name: list(r) for u, r in plan.chosen.items()}, f"the ranks of {owner.name}")
-            self._write(masking.new_weights(self.root, chosen, whole))
-            for average in interplay.averages(run.trainer):
-                masking.refit(average, chosen)
+            self._zero(chosen, whole)
+            run.decisions.record(step, f"{owner.name}/ranks", {u.name: list(r) for u, r in plan.chosen.items()})
+            run.decisions.record(step, f"{owner.name}/switch", reason)
             others = [e for e in manifest.edits_of(self.root) if e.get("by") != owner.name]
             first = not any(manifest.changes_outputs(e) for e in others) and not len(run.masking)
             notes += _kept(plan.kept) + (self._reset_monitors(first) if chosen else [])
             record = self._record(step, plan, notes, seconds())
-        run.decisions.record(step, f"{owner.name}/ranks", {u.name: list(r) for u, r in plan.chosen.items()})
         run.emit(record)
+
+    def _zero(self, chosen: Mapping[Unit, Sequence[Tensor]], whole: Mapping[str, Tensor]) -> None:
+        """Write factors of lower rank, here and in averages, or leave everything as it was."""
+        values = masking.new_weights(self.root, chosen, whole)
+        try:
+            self._write(values)
+            for average in interplay.averages(self.run.trainer):
+                masking.refit(average, chosen)
+        except BaseException:
+            self._write({name: whole[name] for name in values})
+            raise
+        parameters = self.run.adapter.parameters(self.root)
+        for optimizer in self.run.trainer.optimizers:  # their sums belong to other directions now
+            for name in values:
+                optimizer.state.pop(parameters[name], None)
 
     def _observe_everywhere(self, call: ExampleCall) -> Observation:
         return costs.observe(self.root, call, {unit.layer for unit in self.masked_units()})
@@ -262,9 +276,6 @@ class Work:
             else:
                 for name, value in values.items():
                     run.adapter.write(parameters[name], value)
-        for optimizer in run.trainer.optimizers:  # their sums belong to other directions now
-            for name in values:
-                optimizer.state.pop(parameters[name], None)
 
     def end_masked(self) -> None:
         """Cut zero directions away, and make those dense again whose rank stayed too high to pay."""
@@ -310,38 +321,6 @@ class Work:
             return found
 
         return self.run.adapter.decide(all_units)
-
-    def _covariances(self, units: Sequence[Unit]) -> tuple[dict[str, Tensor], list[str]]:
-        if not self.owner.whiten or not units:
-            return {}, []
-        run = self.run
-        watched, before = Covariances(units), run.batch
-        try:
-            for batch in self._batches():
-                run.batch = batch
-                with examples.rehearsal(run), watched.watching(self.root):
-                    run.adapter.in_step(lambda: examples.run_step(run))
-        finally:
-            run.batch = before
-        found, few = watched.finished()
-        notes = [f"fewer calibration inputs than dimensions, so eigenvectors whiten: {', '.join(few)}"] if few else []
-        plain = [unit.name for unit in units if unit.name not in found]
-        return found, notes + ([f"not whitened: {', '.join(plain)}"] if plain else [])
-
-    def _batches(self) -> Iterator[Any]:
-        """Batches of their own from the training data, the same for any number of processes."""
-        run = self.run
-        loader = run.trainer.train_dataloader
-        dataset = getattr(loader, "dataset", None)
-        if dataset is None:
-            yield run.batch
-            return
-        collate = getattr(loader, "collate_fn", None)
-        size = getattr(loader, "batch_size", None) or _BATCH
-        batches, _ = calibration_batches(dataset, size, self.owner.samples, 0, collate)
-        for batch in batches:
-            converted = run.trainer.precision_plugin.convert_input(batch)
-            yield run.trainer.strategy.batch_to_device(converted, run.adapter.device)
 
     # ------------------------------------------------------------------------------------------------ reporting
     def _reset_monitors(self, first: bool) -> list[str]:

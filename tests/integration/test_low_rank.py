@@ -20,7 +20,7 @@ import lightning_compress as lc
 from lightning_compress import manifest, surgery
 from lightning_compress.callbacks import LowRank
 from lightning_compress.callbacks.testing import TinyNet, tiny_data
-from lightning_compress.low_rank import latency, planning
+from lightning_compress.low_rank import latency, masking, planning
 from lightning_compress.low_rank.attention import LowRankMultiheadAttention
 from lightning_compress.low_rank.factorization import METHODS
 from lightning_compress.low_rank.modules import ChannelConv, Factored
@@ -339,3 +339,20 @@ def test_without_the_optimizer_edit_the_factors_never_train(monkeypatch: pytest.
         moved[name] = float((seen[-1] - seen[0]).abs().max())
     assert moved["ours"] > 1e-4
     assert moved["naive"] == 0.0
+
+
+def test_an_exception_while_ranks_are_masked_leaves_the_factors_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: dict[str, Any] = {}
+
+    def fail(average: nn.Module, chosen: Any) -> None:
+        raise RuntimeError("no memory left")
+
+    class Look(L.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+            kept.update({name: p.detach().clone() for name, p in pl_module.named_parameters()})
+
+    monkeypatch.setattr(masking, "refit", fail)
+    module = TinyNet()
+    with pytest.raises(RuntimeError, match="no memory left"):
+        run([LowRank("ratio", schedule=AT, mode="masked")], module, extra=[EMAWeightAveraging(decay=0.8), Look()])
+    assert manifest.equal({n: p.detach() for n, p in module.named_parameters()}, kept)
