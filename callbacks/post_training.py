@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
-from torch.utils.data import DataLoader
 
+from lightning_compress.calibration import batches
 from lightning_compress.callbacks import examples, interplay
 from lightning_compress.callbacks.base import FAKE_QUANT, CompressionCallback
 from lightning_compress.callbacks.events import EventRecord
 from lightning_compress.errors import CompressionError
-from lightning_compress.probe import ExampleCall, calibration_batches
+from lightning_compress.probe import ExampleCall
 from lightning_compress.quantization import attachment
 from lightning_compress.quantization.post_training import Report, Settings, quantize_with_report
 from lightning_compress.quantization.schemes import Scheme, ordered, read_scheme
@@ -126,20 +126,10 @@ class PostTrainingQuantization(CompressionCallback):
             return list(self.calibration)
         names = list(select(run.pl_module, self.targets, self.exclude, kinds=attachment.KINDS))
         found = []
-        for batch in self._batches(run):
+        for batch in batches(run.trainer.train_dataloader, self.samples):
             run.batch = run.trainer.strategy.batch_to_device(batch, run.adapter.device)
             try:
                 found.append(examples.record_step(run, names))
             finally:
                 run.batch = None
         return found
-
-    def _batches(self, run: Coordinator) -> Iterator[Any]:
-        loader = run.trainer.train_dataloader
-        if not isinstance(loader, DataLoader):
-            raise CompressionError(
-                f"{self.name}: the training data is a {type(loader).__name__}, of which no samples can be drawn; pass "
-                "calibration= (arguments of the module's forward)"
-            )
-        collate: Callable[[list[Any]], Any] | None = loader.collate_fn
-        return calibration_batches(loader.dataset, loader.batch_size or 32, self.samples, 0, collate)[0]

@@ -12,6 +12,7 @@ asks for no hooks; `without_nested_tensors` switches it off.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -73,26 +74,56 @@ class TransformedMultiheadAttention(nn.MultiheadAttention):
         if query.is_nested or key.is_nested or value.is_nested:
             return _nested_forward(self, query, key, value, key_padding_mask, need_weights, attn_mask,
                                    average_attn_weights, is_causal)  # fmt: skip
-        batched = _is_batched(query, key, value)
-        if not batched and key_padding_mask is not None:
-            key_padding_mask = key_padding_mask.unsqueeze(0)
-        flip = batched and not self.batch_first
-        q, k, v = _project(self, *_distinct(query, key, value, lambda x: _batch_first(x, batched, flip)))
-        attn_mask, is_causal = _attention_mask(q, k, key_padding_mask, attn_mask, is_causal, need_weights)
-        k, v, attn_mask = _extended(self, k, v, attn_mask)
-        dropout = self.dropout if self.training else 0.0
-        weights: Tensor | None = None
-        if need_weights:
-            weights = _weights(q, k, attn_mask, dropout)
-            mixed = weights @ v
-        else:
-            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask, dropout, is_causal)
-        output: Tensor = self.out_proj(mixed.transpose(1, 2).flatten(2))
-        if weights is not None and average_attn_weights:
-            weights = weights.mean(dim=1)
-        if not batched:
-            return output.squeeze(0), None if weights is None else weights.squeeze(0)
-        return output.transpose(0, 1) if flip else output, weights
+        return attend(self, lambda *inputs: _project(self, *inputs), query, key, value, key_padding_mask, need_weights,
+                      attn_mask, average_attn_weights, is_causal)  # fmt: skip
+
+
+def attend(
+    module: Any,
+    project: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None = None,
+    need_weights: bool = True,
+    attn_mask: Tensor | None = None,
+    average_attn_weights: bool = True,
+    is_causal: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """What `torch.nn.MultiheadAttention` computes, with projections of any kind.
+
+    Args:
+        module: Has the attributes of `torch.nn.MultiheadAttention` apart from its weights, and `out_proj`.
+        project: Maps inputs (N, L, E), one object where they were one, to queries, keys and values in heads.
+        query: See `torch.nn.MultiheadAttention`, like all others.
+        key: As there.
+        value: As there.
+        key_padding_mask: As there.
+        need_weights: As there.
+        attn_mask: As there.
+        average_attn_weights: As there.
+        is_causal: As there.
+    """
+    batched = _is_batched(query, key, value)
+    if not batched and key_padding_mask is not None:
+        key_padding_mask = key_padding_mask.unsqueeze(0)
+    flip = batched and not module.batch_first
+    q, k, v = project(*_distinct(query, key, value, lambda x: _batch_first(x, batched, flip)))
+    attn_mask, is_causal = _attention_mask(q, k, key_padding_mask, attn_mask, is_causal, need_weights)
+    k, v, attn_mask = _extended(module, k, v, attn_mask)
+    dropout = module.dropout if module.training else 0.0
+    weights: Tensor | None = None
+    if need_weights:
+        weights = _weights(q, k, attn_mask, dropout)
+        mixed = weights @ v
+    else:
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask, dropout, is_causal)
+    output: Tensor = module.out_proj(mixed.transpose(1, 2).flatten(2))
+    if weights is not None and average_attn_weights:
+        weights = weights.mean(dim=1)
+    if not batched:
+        return output.squeeze(0), None if weights is None else weights.squeeze(0)
+    return output.transpose(0, 1) if flip else output, weights
 
 
 def _batch_first(x: Tensor, batched: bool, flip: bool) -> Tensor:
@@ -128,29 +159,28 @@ def _project(module: nn.MultiheadAttention, query: Tensor, key: Tensor, value: T
         weight = transformed(module, "in_proj_weight", module.in_proj_weight)
         if self_attention:
             projected: tuple[Tensor, ...] = F.linear(query, weight, bias).chunk(3, dim=-1)
-            return _heads(module, projected[0]), _heads(module, projected[1]), _heads(module, projected[2])
+            return heads(module, projected[0]), heads(module, projected[1]), heads(module, projected[2])
         weights: tuple[Tensor, ...] = weight.chunk(3)
     else:
         names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
         weights = tuple(transformed(module, name, getattr(module, name)) for name in names)
     biases = (None, None, None) if bias is None else bias.chunk(3)
     q, k, v = (F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))
-    return _heads(module, q), _heads(module, k), _heads(module, v)
+    return heads(module, q), heads(module, k), heads(module, v)
 
 
-def _heads(module: nn.MultiheadAttention, x: Tensor) -> Tensor:
+def heads(module: Any, x: Tensor) -> Tensor:
+    """Rows (N, L, H * D) in heads (N, H, L, D)."""
     return x.view(*x.shape[:-1], module.num_heads, module.head_dim).transpose(1, 2)
 
 
-def _extended(
-    module: nn.MultiheadAttention, k: Tensor, v: Tensor, mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def _extended(module: Any, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Append the learned bias (`add_bias_kv`) and the zeros (`add_zero_attn`) to the keys and values (N, H, S, D)."""
     added = 0
     if module.bias_k is not None and module.bias_v is not None:
         count = k.shape[0]
-        k = torch.cat([k, _heads(module, module.bias_k.expand(count, 1, -1))], dim=2)
-        v = torch.cat([v, _heads(module, module.bias_v.expand(count, 1, -1))], dim=2)
+        k = torch.cat([k, heads(module, module.bias_k.expand(count, 1, -1))], dim=2)
+        v = torch.cat([v, heads(module, module.bias_v.expand(count, 1, -1))], dim=2)
         added += 1
     if module.add_zero_attn:
         k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))

@@ -15,7 +15,7 @@ from lightning_compress.probe import ExampleCall, calibration_batches, from_exam
 from lightning_compress.targets import get_submodule_clean, unwrap
 
 SAMPLES = 512  # taken from a loader or dataset
-_BATCH = 32
+BATCH = 32
 
 
 def calibration_calls(
@@ -24,6 +24,8 @@ def calibration_calls(
     example: ExampleCall | None = None,
     prepare: Callable[[Any], Any] | None = None,
     samples: int = SAMPLES,
+    batch_size: int = BATCH,
+    seed: int = 0,
 ) -> Iterator[ExampleCall]:
     """Calls of a model with batches of real inputs.
 
@@ -36,6 +38,8 @@ def calibration_calls(
         prepare: Takes a batch and returns the model's arguments: a tensor, a tuple, or a dict of keyword arguments.
             Default: of a tuple or list the first elements, of a dict the entries that are named like parameters.
         samples: How many at most, at least 1.
+        batch_size: For a dataset; loaders have their own.
+        seed: Which samples of a dataset or loader.
 
     Yields:
         One call a batch.
@@ -53,25 +57,29 @@ def calibration_calls(
         example = from_example_inputs(shown)
     module = "" if example is None else example.module
     forward = get_submodule_clean(model, module).forward
-    for batch in _batches(data, samples):
+    for batch in batches(data, samples, batch_size, seed):
         if isinstance(batch, ExampleCall):
             yield batch
         else:
             yield _call(batch, module, forward, example, prepare)
 
 
-def _batches(data: Any, samples: int) -> Iterator[Any]:
+def batches(data: Any, samples: int = SAMPLES, batch_size: int = BATCH, seed: int = 0) -> Iterator[Any]:
+    """Batches of whatever holds the data; arguments are those of `calibration_calls`."""
     if isinstance(data, Tensor | ExampleCall | Mapping):
         yield data
     elif callable(getattr(data, "train_dataloader", None)):
         for loader in _loaders(_train_loader(data)):
-            yield from _batches(loader, samples)
+            yield from batches(loader, samples, batch_size, seed)
+    elif hasattr(data, "iterables"):  # Lightning's CombinedLoader
+        for loader in _loaders(data):
+            yield from batches(loader, samples, batch_size, seed)
     elif isinstance(data, DataLoader):
-        yield from _of_loader(data, samples)
+        yield from _of_loader(data, samples, seed)
     elif isinstance(data, Dataset):
-        yield from calibration_batches(data, _BATCH, samples, seed=0)[0]
+        yield from calibration_batches(data, batch_size, samples, seed)[0]
     elif isinstance(data, Iterable):
-        yield from data
+        yield from _isolated(data, seed)
     else:
         raise TypeError(
             "calibration is a DataLoader, a dataset, something with train_dataloader(), or an iterable of batches; "
@@ -111,19 +119,31 @@ def _loaders(found: Any) -> Iterator[Any]:
         yield found
 
 
-def _of_loader(loader: DataLoader[Any], samples: int) -> Iterator[Any]:
+def _of_loader(loader: DataLoader[Any], samples: int, seed: int) -> Iterator[Any]:
     standard = type(loader.batch_sampler) is BatchSampler and type(loader.sampler) in (RandomSampler, SequentialSampler)
     if standard:  # not the loader itself: it would use up its generator and its workers
-        size = loader.batch_size or _BATCH
-        yield from calibration_batches(loader.dataset, size, samples, seed=0, collate_fn=loader.collate_fn)[0]
+        size = loader.batch_size or BATCH
+        yield from calibration_batches(loader.dataset, size, samples, seed, collate_fn=loader.collate_fn)[0]
         return
     left = samples
-    with isolated_rng(seed=0):
-        for batch in loader:
-            yield batch
-            left -= _length(batch)
-            if left <= 0:
+    for batch in _isolated(loader, seed):
+        yield batch
+        left -= _length(batch)
+        if left <= 0:
+            return
+
+
+def _isolated(data: Iterable[Any], seed: int) -> Iterator[Any]:
+    """Batches without using up random numbers, and without holding them back while the caller works."""
+    with isolated_rng(seed):
+        iterator = iter(data)
+    while True:
+        with isolated_rng():
+            try:
+                batch = next(iterator)
+            except StopIteration:
                 return
+        yield batch
 
 
 def _length(batch: Any) -> int:

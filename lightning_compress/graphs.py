@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_structure
 
 from lightning_compress import manifest as manifests
 from lightning_compress.errors import CompressionError
+from lightning_compress.isolation import isolated_rng
 from lightning_compress.targets import unwrap
 
 _ONNX_INLINE_LIMIT = 1_800_000_000  # bytes; protobuf refuses 2 GiB, larger weights go into a file beside the graph
@@ -37,15 +38,16 @@ def trace(model: nn.Module, example_inputs: Any, dynamic_batch: bool = True) -> 
     root = unwrap(model)
     args, kwargs = _arguments(root, example_inputs)
     called = getattr(example_inputs, "module", "")
-    module = _evaluation_copy(root.get_submodule(called) if isinstance(called, str) else root)
+    module = evaluation_copy(root.get_submodule(called) if isinstance(called, str) else root)
+    drop_helpers(module)
     device = next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu"))
     args, kwargs = tree_map(lambda x: x.detach().to(device) if isinstance(x, Tensor) else x, (args, kwargs))
     shapes: Any = None
     if dynamic_batch:
-        args, kwargs, shapes = _free_batch(module, args, kwargs)
+        args, kwargs, batch = free_batch(args, kwargs)
+        shapes = batch and dynamic_shapes(module, args, kwargs, batch)
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings(), _no_fused_attention():
-            warnings.filterwarnings("ignore", message="The tensor attributes? .*_flat_weights")  # of torch's own RNNs
+        with quiet_tracing():
             return torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
     except Exception as error:
         hint = " If it works for one batch size only, pass `dynamic_batch=False`." if dynamic_batch else ""
@@ -57,14 +59,16 @@ def trace(model: nn.Module, example_inputs: Any, dynamic_batch: bool = True) -> 
 
 
 @contextmanager
-def _no_fused_attention() -> Iterator[None]:
-    """One operator for a whole encoder layer hides what it computes: ONNX has none, and no runtime optimizes it."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
+def quiet_tracing() -> Iterator[None]:
+    """No gradients, no random numbers used up, and no operator for a whole encoder layer, which hides its parts."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    with torch.no_grad(), isolated_rng(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The tensor attributes? .*_flat_weights")  # of torch's own RNNs
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fused)
 
 
 def _arguments(root: nn.Module, example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -82,44 +86,68 @@ def _arguments(root: nn.Module, example: Any) -> tuple[tuple[Any, ...], dict[str
     return (tuple(example) if isinstance(example, tuple | list) else (example,)), {}
 
 
-def _evaluation_copy(module: nn.Module) -> nn.Module:
-    """A copy in evaluation mode, without helpers and compiled wrappers, that shares the tensors of the original."""
-    memo: dict[int, Any] = {id(t): t for t in (*module.parameters(), *module.buffers())}
+def evaluation_copy(module: nn.Module, shared: bool = True) -> nn.Module:
+    """A copy in evaluation mode, without compiled wrappers.
+
+    Args:
+        module: The module.
+        shared: Share the tensors of the original.
+
+    Raises:
+        CompressionError: The module cannot be copied.
+    """
+    memo: dict[int, Any] = {id(t): t for t in (*module.parameters(), *module.buffers())} if shared else {}
     try:
         twin = copy.deepcopy(module, memo)
     except Exception as error:
         raise CompressionError(
-            f"{type(module).__name__} cannot be copied ({type(error).__name__}: {error}), and exporting must not "
-            "touch the model itself; remove what cannot be copied, such as stored activations or open files"
+            f"{type(module).__name__} cannot be copied ({type(error).__name__}: {error}), and the model must not be "
+            "touched; remove what cannot be copied, such as stored activations or open files"
         ) from error
     for part in list(twin.modules()):
         part.training = False  # not `eval()`: users override `train` with side effects
         for name, child in list(part._modules.items()):
-            if name.startswith(manifests.AUXILIARY):
-                del part._modules[name]
-            elif child is not None:
+            if child is not None:
                 part._modules[name] = unwrap(child)
     return twin
 
 
-def _free_batch(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
-    """Arguments with at least two samples, and which of their dimensions are the batch."""
-    leaves = tree_leaves((args, kwargs))
-    sizes = [x.shape[0] for x in leaves if isinstance(x, Tensor) and x.dim()]
+def drop_helpers(module: nn.Module) -> None:
+    """Take our own modules out of the registries of a copy; transforms go on computing."""
+    for part in list(module.modules()):
+        for name in [name for name in part._modules if name.startswith(manifests.AUXILIARY)]:
+            del part._modules[name]
+
+
+def free_batch(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any], Callable[[Any], Any] | None]:
+    """Let the size of the batch be free: dimension 0 of the first tensor and of all others of the same size there.
+
+    Returns:
+        The arguments with at least two samples, and what says of each which of its dimensions are free.
+    """
+    sizes = [x.shape[0] for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.dim()]
     if not sizes:
         return args, kwargs, None
+    dimension, free = torch.export.Dim("batch"), set[int]()
 
-    def is_batch(x: Any) -> bool:
-        return isinstance(x, Tensor) and x.dim() > 0 and x.shape[0] == sizes[0]
+    def widened(x: Any) -> Any:
+        if not isinstance(x, Tensor) or not x.dim() or x.shape[0] != sizes[0]:
+            return x
+        x = torch.cat([x, x]) if sizes[0] == 1 else x.clone()  # tracing takes a size of 1 for a constant
+        free.add(id(x))
+        return x
 
-    batch = torch.export.Dim("batch")
-    by_parameter = dict(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
-    shapes = tree_map(lambda x: {0: batch} if is_batch(x) else None, by_parameter)
-    if sizes[0] == 1:  # tracing takes a size of 1 for a constant
-        args, kwargs = tree_map(lambda x: torch.cat([x, x]) if is_batch(x) else x, (args, kwargs))
-    return args, kwargs, shapes
+    args, kwargs = tree_map(widened, (args, kwargs))
+    return args, kwargs, lambda x: {0: dimension} if id(x) in free else None
+
+
+def dynamic_shapes(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], batch: Callable[[Any], Any]
+) -> Any:
+    """The free dimensions in the form that `torch.export` takes: by the parameters of `forward`."""
+    return tree_map(batch, dict(inspect.signature(module.forward).bind(*args, **kwargs).arguments))
 
 
 def write_onnx(

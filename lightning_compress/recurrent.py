@@ -225,11 +225,11 @@ def _scan(cell: Cell, steps: Sequence[Tensor], initial: State, reverse: bool) ->
     Returns:
         The hidden states in the order of the steps, and the state of each sequence after its last step.
     """
-    state = tuple(part[: len(steps[-1])] for part in initial) if reverse else initial
+    state = tuple(part[: steps[-1].shape[0]] for part in initial) if reverse else initial
     outputs: list[Tensor] = []
     ended: list[State] = []
     for step in reversed(steps) if reverse else steps:
-        rows, before = len(step), len(state[0])
+        rows, before = step.shape[0], state[0].shape[0]  # not len(), which would fix the batch of a traced graph
         if rows < before:
             ended.append(tuple(part[rows:] for part in state))
             state = tuple(part[:rows] for part in state)

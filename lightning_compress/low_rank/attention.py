@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_compress import attention
@@ -79,33 +78,15 @@ class LowRankMultiheadAttention(nn.Module):
                 "factored attention takes padded tensors and a key_padding_mask, not nested tensors; inside a "
                 "torch.nn.TransformerEncoder pass enable_nested_tensor=False"
             )
-        batched = attention._is_batched(query, key, value)
-        if not batched and key_padding_mask is not None:
-            key_padding_mask = key_padding_mask.unsqueeze(0)
-        flip = batched and not self.batch_first
-        moved = (attention._batch_first(x, batched, flip) for x in (query, key, value))
-        q, k, v = (self._heads(name, x) for name, x in zip(PARTS, moved, strict=False))
-        attn_mask, is_causal = attention._attention_mask(q, k, key_padding_mask, attn_mask, is_causal, need_weights)
-        own: Any = self  # the functions only look at the attributes that both classes have
-        k, v, attn_mask = attention._extended(own, k, v, attn_mask)
-        dropout = self.dropout if self.training else 0.0
-        weights: Tensor | None = None
-        if need_weights:
-            weights = attention._weights(q, k, attn_mask, dropout)
-            mixed = weights @ v
-        else:
-            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask, dropout, is_causal)
-        output: Tensor = self.out_proj(mixed.transpose(1, 2).flatten(2))
-        if weights is not None and average_attn_weights:
-            weights = weights.mean(dim=1)
-        if not batched:
-            return output.squeeze(0), None if weights is None else weights.squeeze(0)
-        return output.transpose(0, 1) if flip else output, weights
+        return attention.attend(self, self._project, query, key, value, key_padding_mask, need_weights, attn_mask,
+                                average_attn_weights, is_causal)  # fmt: skip
 
-    def _heads(self, name: str, x: Tensor) -> Tensor:
-        projected: Tensor = self._modules[name](x)  # type: ignore[misc]
-        own: Any = self
-        return attention._heads(own, projected)
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = (
+            attention.heads(self, self._modules[name](x))  # type: ignore[misc]
+            for name, x in zip(PARTS, (query, key, value), strict=False)
+        )
+        return q, k, v
 
     def merge(self) -> nn.MultiheadAttention:
         """A plain `torch.nn.MultiheadAttention` that computes the same."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from lightning_compress.errors import CompressionError
 from lightning_compress.nested import tensors_in
 from lightning_compress.probe import ExampleCall, from_example_inputs
 from lightning_compress.quantization.dynamic import onnx_translations
+from lightning_compress.quantization.lockstep import Agreement, agreement
 from lightning_compress.quantization.lowering import lower
 from lightning_compress.quantization.runtimes import Runner, Runtime, compile_program
 from lightning_compress.writing import PathLike, require, whole
@@ -29,25 +29,6 @@ from lightning_compress.writing import PathLike, require, whole
 VERSION = 1
 _ENTRY = "lightning_compress.int8"
 _CALLS_TIMED = 2  # in a row, so that the caches are those of steady use
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """How far two models give the same answers.
-
-    Attributes:
-        top1: Share of samples with the same largest logit, in [0, 1].
-        low: Lower end of its 95 % interval (Wilson, 1927).
-        high: Upper end of it.
-        count: Samples.
-        difference: The largest difference of two logits, as a share of the range of the first model's logits.
-    """
-
-    top1: float
-    low: float
-    high: float
-    count: int
-    difference: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -221,18 +202,11 @@ class Int8Artifact:
         Raises:
             CompressionError: There is no call.
         """
-        same, count = 0, 0
-        difference, low, high = 0.0, math.inf, -math.inf
-        for call in calls:
-            theirs = next(tensors_in(call.run(model))).detach().float().cpu()
-            ours = next(tensors_in(self.run(*call.args, runtime=runtime, threads=threads, **call.kwargs))).float()
-            agree = ours.argmax(dim) == theirs.argmax(dim)
-            same, count = same + int(agree.sum()), count + agree.numel()
-            difference = max(difference, float((ours - theirs).abs().max()))
-            low, high = min(low, float(theirs.min())), max(high, float(theirs.max()))
-        if not count:
-            raise CompressionError("there is no call to compare, so nothing is known; pass some batches of inputs")
-        return Agreement(same / count, *wilson(same, count), count, difference / max(high - low, 1e-12))
+
+        def run(call: ExampleCall) -> Any:
+            return self.run(*call.args, runtime=runtime, threads=threads, **call.kwargs)
+
+        return agreement(model, run, calls, dim)
 
     def benchmark(
         self,
@@ -304,26 +278,6 @@ def _sizes(floating: torch.export.ExportedProgram, integer: int) -> dict[str, An
     torch.export.save(floating, buffer)
     size = len(buffer.getbuffer())
     return {"float": size, "int8": integer, "ratio": integer / size}
-
-
-def wilson(hits: int, count: int) -> tuple[float, float]:
-    """The 95 % interval of a share (Wilson, 1927).
-
-    Args:
-        hits: How many.
-        count: Of how many, at least 1.
-
-    Example:
-        >>> low, high = wilson(99, 100)
-        >>> round(low, 3), round(high, 3)
-        (0.946, 0.998)
-    """
-    z = 1.959964
-    share = hits / count
-    centre = share + z * z / (2 * count)
-    spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    scale = 1 + z * z / count
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
 
 
 def _own_version() -> str:

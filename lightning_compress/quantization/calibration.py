@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
+from lightning_compress.calibration import calibration_calls
 from lightning_compress.errors import CompressionError
-from lightning_compress.isolation import isolated_rng
 from lightning_compress.nested import tensors_in
-from lightning_compress.probe import ExampleCall, calibration_batches, from_example_inputs
+from lightning_compress.probe import ExampleCall, from_example_inputs
 from lightning_compress.quantization.observers import Observer, commit_all
 from lightning_compress.quantization.quantizers import Quantizer
-from lightning_compress.targets import get_submodule_clean
 
 _FEW = "Give batches of inputs, a DataLoader or a Dataset as calibration="
 
@@ -28,18 +25,13 @@ def calls_from(
 ) -> list[ExampleCall]:
     """Calls of the model for calibration data.
 
-    A batch that is a tuple or a list counts as positional arguments, of which the first are taken: as many as the
-    example has, else as many as `forward` needs. Labels behind the inputs are left out that way.
-
     Args:
         model: The model.
-        calibration: A dataset (samples are drawn), or an iterable of batches such as a `DataLoader` (the first are
-            taken): tensors, tuples or lists of positional arguments, dictionaries of keyword arguments, or
-            `ExampleCall`s.
+        calibration: See `lightning_compress.calibration.calibration_calls`.
         example: Inputs or an `ExampleCall` that show how the model is called, and which part of it.
         samples: Stop after that many samples.
         batch_size: For datasets.
-        seed: Which samples of a dataset.
+        seed: Which samples of a dataset or loader.
 
     Returns:
         At least one call, on the device of the model.
@@ -61,8 +53,8 @@ def calls_from(
     device = next((t.device for t in chain(model.parameters(), model.buffers())), torch.device("cpu"))
     found: list[ExampleCall] = []
     count = 0
-    for batch in _batches(calibration, samples, batch_size, seed):
-        call = _call(model, batch, shown).to(device)
+    for drawn in calibration_calls(model, calibration, shown, samples=samples, batch_size=batch_size, seed=seed):
+        call = drawn.to(device)
         _check_finite(call, len(found))
         found.append(call)
         count += next((t.shape[0] for t in tensors_in((call.args, call.kwargs)) if t.dim()), 1)
@@ -71,50 +63,6 @@ def calls_from(
     if not found:
         raise CompressionError(f"the calibration data have no batch. {_FEW}")
     return found
-
-
-def _batches(calibration: Any, samples: int, batch_size: int, seed: int) -> Iterator[Any]:
-    if isinstance(calibration, Tensor | ExampleCall):
-        return iter([calibration])
-    if isinstance(calibration, Dataset):
-        return calibration_batches(calibration, batch_size, samples, seed)[0]
-    if isinstance(calibration, Mapping) or not isinstance(calibration, Iterable):
-        raise CompressionError(f"calibration is a {type(calibration).__name__}. {_FEW}")
-    return _isolated(calibration, seed)
-
-
-def _isolated(batches: Iterable[Any], seed: int) -> Iterator[Any]:
-    """Draw batches without using up global random numbers, which a loader does for its seeds and its order."""
-    with isolated_rng(seed):
-        iterator = iter(batches)
-    while True:
-        with isolated_rng():
-            try:
-                batch = next(iterator)
-            except StopIteration:
-                return
-        yield batch
-
-
-def _call(model: nn.Module, batch: Any, shown: ExampleCall | None) -> ExampleCall:
-    if isinstance(batch, ExampleCall):
-        return batch
-    module = "" if shown is None else shown.module
-    if isinstance(batch, tuple | list):
-        wanted = len(shown.args) if shown is not None else _needed(get_submodule_clean(model, module))
-        batch = tuple(batch[:wanted])
-    elif isinstance(batch, dict) and shown is not None and shown.kwargs:
-        batch = {name: batch[name] for name in shown.kwargs if name in batch}
-    return from_example_inputs(batch, module)
-
-
-def _needed(module: nn.Module) -> int | None:
-    """How many positional arguments `forward` needs; `None` if it takes any number."""
-    parameters = inspect.signature(module.forward).parameters.values()
-    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
-        return None
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return max(1, sum(p.kind in kinds and p.default is p.empty for p in parameters))
 
 
 def _check_finite(call: ExampleCall, number: int) -> None:

@@ -1,4 +1,4 @@
-"""Whether a lowered graph computes what was trained: both models on the same inputs, with numbers.
+"""Whether an integer model computes what was trained: both models on the same inputs, with numbers.
 
 A graph that has other ranges, other rounding or another fold than training gives other answers without any error (a
 known fault of observers that are read at another time than they are used).
@@ -7,10 +7,12 @@ known fault of observers that are read at another time than they are used).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from scipy.stats import binomtest
 from torch import nn
 
 from lightning_compress.errors import CompressionError
@@ -19,31 +21,29 @@ from lightning_compress.probe import ExampleCall
 from lightning_compress.quantization.lowering import Lowered
 from lightning_compress.quantization.tracing import on_cpu
 
-_Z = 1.959963984540054  # of a 95 % interval
-
 
 @dataclass(frozen=True)
-class Lockstep:
+class Agreement:
     """How far two models give the same answers.
 
     Attributes:
-        difference: The largest difference of two logits, as a share of the range of the first model's logits.
-        mean_difference: The mean difference, likewise.
-        same: Share of samples with the same largest logit, in [0, 1].
+        top1: Share of samples with the same largest logit, in [0, 1].
         low: Lower end of its 95 % interval (Wilson, 1927).
         high: Upper end of it.
         count: Samples.
+        difference: The largest difference of two logits, as a share of the range of the first model's logits.
+        mean_difference: The mean difference, likewise.
     """
 
-    difference: float
-    mean_difference: float
-    same: float
+    top1: float
     low: float
     high: float
     count: int
+    difference: float
+    mean_difference: float
 
 
-def lockstep(model: nn.Module, lowered: Lowered, calls: Iterable[ExampleCall], dim: int = -1) -> Lockstep:
+def lockstep(model: nn.Module, lowered: Lowered, calls: Iterable[ExampleCall], dim: int = -1) -> Agreement:
     """Compare a model with its lowered graph, which runs in PyTorch as it is.
 
     Args:
@@ -64,16 +64,37 @@ def lockstep(model: nn.Module, lowered: Lowered, calls: Iterable[ExampleCall], d
         (8, True)
     """
     graph = lowered.module()
+
+    def run(call: ExampleCall) -> Any:
+        args, kwargs = on_cpu(call)
+        with torch.no_grad():
+            return graph(*args, **kwargs)
+
+    return agreement(model, run, calls, dim)
+
+
+def agreement(
+    model: nn.Module, run: Callable[[ExampleCall], Any], calls: Iterable[ExampleCall], dim: int = -1
+) -> Agreement:
+    """Compare a model with anything else that answers the same calls.
+
+    Args:
+        model: It runs in evaluation mode and is left as it is.
+        run: Answers a call.
+        calls: What to run, on the device of the model.
+        dim: Dimension of the classes in the first tensor of the outputs.
+
+    Raises:
+        CompressionError: There is no call, or the outputs have other shapes.
+    """
     most, total, values, same, count = 0.0, 0.0, 0, 0, 0
     low, high = math.inf, -math.inf
     for call in calls:
         theirs = next(tensors_in(call.run(model))).detach().float().cpu()
-        args, kwargs = on_cpu(call)
-        with torch.no_grad():
-            ours = next(tensors_in(graph(*args, **kwargs))).float()
+        ours = next(tensors_in(run(call))).detach().float().cpu()
         if ours.shape != theirs.shape:
             raise CompressionError(
-                f"the model gives {tuple(theirs.shape)} and the graph {tuple(ours.shape)}; is it its graph?"
+                f"the model gives {tuple(theirs.shape)} and the other {tuple(ours.shape)}; are they of one model?"
             )
         apart = (ours - theirs).abs()
         most, total, values = max(most, float(apart.max())), total + float(apart.sum()), values + apart.numel()
@@ -83,7 +104,7 @@ def lockstep(model: nn.Module, lowered: Lowered, calls: Iterable[ExampleCall], d
     if not count:
         raise CompressionError("there is no call to compare, so nothing is known; pass some batches of inputs")
     span = max(high - low, torch.finfo(torch.float32).tiny)
-    return Lockstep(most / span, total / values / span, same / count, *wilson(same, count), count)
+    return Agreement(same / count, *wilson(same, count), count, most / span, total / values / span)
 
 
 def wilson(hits: int, count: int) -> tuple[float, float]:
@@ -98,8 +119,5 @@ def wilson(hits: int, count: int) -> tuple[float, float]:
         >>> round(low, 3), round(high, 3)
         (0.946, 0.998)
     """
-    share = hits / count
-    centre = share + _Z * _Z / (2 * count)
-    spread = _Z * math.sqrt(share * (1 - share) / count + _Z * _Z / (4 * count * count))
-    scale = 1 + _Z * _Z / count
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+    interval = binomtest(hits, count).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)

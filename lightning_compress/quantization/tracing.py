@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,14 +11,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from lightning_compress import graphs
 from lightning_compress.errors import CompressionError
-from lightning_compress.isolation import isolated_rng
 from lightning_compress.probe import ExampleCall
 from lightning_compress.quantization.in_place import without_writes
 from lightning_compress.targets import clean_name, get_submodule_clean, unwrap
 from lightning_compress.transforms import TRANSFORMS
 
-AUXILIARY = "_lc_"
 _DROPOUT = (torch.ops.aten.dropout.default, torch.ops.aten.dropout_.default)
 
 
@@ -104,18 +100,18 @@ def trace(model: nn.Module, example: ExampleCall, dynamic_batch: bool = True) ->
     Raises:
         CompressionError: The model cannot be copied or traced.
     """
-    twin = evaluation_copy(unwrap(model))
+    twin = plain_copy(unwrap(model))
     quantizers = _mark_quantizers(twin)
     module = get_submodule_clean(twin, example.module)
     args, kwargs = on_cpu(example)
     batch: Callable[[Any], Any] | None = None
     shapes: Any = None
     if dynamic_batch:
-        args, kwargs, batch = _free_batch(args, kwargs)
+        args, kwargs, batch = graphs.free_batch(args, kwargs)
     if batch is not None:
-        shapes = tree_map(batch, dict(inspect.signature(module.forward).bind(*args, **kwargs).arguments))
+        shapes = graphs.dynamic_shapes(module, args, kwargs, batch)
     try:
-        with _tracing():
+        with graphs.quiet_tracing():
             program = torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
             graph = program.module()
             _tidy(graph)
@@ -144,18 +140,6 @@ def _tidy(module: Any) -> None:
             module.graph.erase_node(node)
 
 
-@contextmanager
-def _tracing() -> Iterator[None]:
-    fused = torch.backends.mha.get_fastpath_enabled()
-    with torch.no_grad(), isolated_rng(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The tensor attributes? .*_flat_weights")  # of torch's own RNNs
-        torch.backends.mha.set_fastpath_enabled(False)  # one operator for a whole encoder layer hides its linears
-        try:
-            yield
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fused)
-
-
 def on_cpu(call: ExampleCall) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of a call as the graph takes them: on the CPU, floats in float32."""
 
@@ -168,7 +152,7 @@ def on_cpu(call: ExampleCall) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return args, kwargs
 
 
-def evaluation_copy(model: nn.Module) -> nn.Module:
+def plain_copy(model: nn.Module) -> nn.Module:
     """A copy in evaluation mode, on the CPU and in float32; it shares the tensors that are so already.
 
     Raises:
@@ -178,19 +162,7 @@ def evaluation_copy(model: nn.Module) -> nn.Module:
     if any(t.is_meta for t in tensors):
         raise CompressionError("a part of the model is on the meta device, so it has no values; load the weights first")
     alike = all(t.device.type == "cpu" and (t.dtype == torch.float32 or not t.is_floating_point()) for t in tensors)
-    memo: dict[int, Any] = {id(t): t for t in tensors} if alike else {}
-    try:
-        twin = copy.deepcopy(model, memo)
-    except Exception as error:
-        raise CompressionError(
-            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}), and lowering must not touch "
-            "the model itself; remove what cannot be copied, such as stored activations or open files"
-        ) from error
-    for part in list(twin.modules()):
-        part.training = False  # not `eval()`: users override `train` with side effects
-        for name, child in list(part._modules.items()):
-            if child is not None:
-                part._modules[name] = unwrap(child)
+    twin = graphs.evaluation_copy(model, shared=alike)
     return twin if alike else twin.to("cpu", torch.float32)
 
 
@@ -209,30 +181,8 @@ def _mark_quantizers(twin: nn.Module) -> dict[str, Any]:
                 transforms["fq"] = Mark(key)
             else:
                 del transforms["fq"]
-    for module in list(twin.modules()):
-        for child in [child for child in module._modules if child.startswith(AUXILIARY)]:
-            del module._modules[child]
+    graphs.drop_helpers(twin)
     return quantizers
-
-
-def _free_batch(
-    args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any], Callable[[Any], Any] | None]:
-    """Arguments with at least two samples, and what says which of their dimensions are the batch."""
-    sizes = [x.shape[0] for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.dim()]
-    if not sizes:
-        return args, kwargs, None
-    dimension, free = torch.export.Dim("batch"), set[int]()
-
-    def widened(x: Any) -> Any:
-        if not isinstance(x, Tensor) or not x.dim() or x.shape[0] != sizes[0]:
-            return x
-        x = torch.cat([x, x]) if sizes[0] == 1 else x.clone()  # tracing takes a size of 1 for a constant
-        free.add(id(x))
-        return x
-
-    args, kwargs = tree_map(widened, (args, kwargs))
-    return args, kwargs, lambda x: {0: dimension} if id(x) in free else None
 
 
 def _drop_unread(module: fx.GraphModule) -> None:

@@ -295,7 +295,7 @@ def test_mistakes_are_named_and_leave_the_model_alone(trained: nn.Module, digits
         ({}, CompressionError, "no calibration data"),
         ({"calibration": []}, CompressionError, "no batch"),
         ({"calibration": TensorDataset(torch.zeros(0, 1, 8, 8))}, CompressionError, "empty"),
-        ({"calibration": {"x": images}}, CompressionError, "calibration is a dict"),
+        ({"calibration": {"x": images}}, CompressionError, "pass `prepare=`"),
         ({"calibration": [images, bad]}, CompressionError, "batch 1 has NaN"),
         ({"calibration": [images * 1e38]}, CompressionError, "not finite"),
         ({"calibration": images, "scheme": "int3_magic"}, ValueError, "int3_magic"),

@@ -14,7 +14,8 @@ from lightning_compress.encoding import decode, encode
 from lightning_compress.errors import CompressionError
 from lightning_compress.probe import ExampleCall
 from lightning_compress.quantization import artifact as artifacts
-from lightning_compress.quantization.artifact import Int8Artifact, wilson
+from lightning_compress.quantization.artifact import Int8Artifact
+from lightning_compress.quantization.lockstep import wilson
 from lightning_compress.quantization.lowering import lower
 from lightning_compress.quantization.reduction import without_saturation
 from lightning_compress.quantization.runtimes import compile_program

@@ -9,7 +9,7 @@ import torch
 from low_rank_nets import factor, full_edit
 from torch import Tensor, nn
 
-from lightning_compress import attention, recurrent
+from lightning_compress import recurrent
 from lightning_compress.errors import CompressionError
 from lightning_compress.low_rank.attention import LowRankMultiheadAttention, split_projections
 from lightning_compress.low_rank.compaction import apply_recorded
@@ -130,9 +130,6 @@ def _tuple(value: Any) -> tuple[Tensor, ...]:
 
 
 def test_a_shared_private_function_is_still_there() -> None:
-    """The two composite layers use what attention.py and recurrent.py keep to themselves."""
-    for module, names in (
-        (attention, ("_is_batched", "_batch_first", "_attention_mask", "_extended", "_weights", "_heads")),
-        (recurrent, ("_initial_state", "_places", "_scan", "_lstm_cell", "_gru_cell")),
-    ):
-        assert [name for name in names if not hasattr(module, name)] == []
+    """The recurrent composite uses what recurrent.py keeps to itself."""
+    names = ("_initial_state", "_places", "_scan", "_lstm_cell", "_gru_cell")
+    assert [name for name in names if not hasattr(recurrent, name)] == []
