@@ -11,6 +11,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_compress import manifest
 from lightning_compress.callbacks import examples, interplay
 from lightning_compress.callbacks.base import FAKE_QUANT, CompressionCallback
 from lightning_compress.callbacks.events import EventRecord
@@ -125,6 +126,7 @@ class QuantizationAwareTraining(CompressionCallback):
         self._restored: Mapping[str, Any] = {}
         self._frozen_modes: list[nn.Module] = []
         self._live: dict[str, Quantizer] = {}
+        self._edits = -1
         self._committed = -1
 
     def check(self, run: Coordinator) -> None:
@@ -166,9 +168,10 @@ class QuantizationAwareTraining(CompressionCallback):
             }
             at["observe"] = max(0, self.resolved.events[0] - (at["observe"] or 0))
             self._points = at
-        self._live = self._quantizers(run)
+        self._edits = -1
+        quantizers = self._quantizers(run)
         for name, state in self._restored.items():
-            observer = self._live[name].observer if name in self._live else None
+            observer = quantizers[name].observer if name in quantizers else None
             if observer is not None:
                 observer.load_state(state)
         self._restored = {}
@@ -219,12 +222,19 @@ class QuantizationAwareTraining(CompressionCallback):
         for module in self._frozen_modes:
             module.training = run.pl_module.training
         self._frozen_modes = []
+        self._restored = self._observed()
+        self._live, self._edits = {}, -1  # the next fit may have another module
 
     # ------------------------------------------------------------------------------------------------ quantizers
     def _quantizers(self, run: Coordinator) -> dict[str, Quantizer]:
-        found = attachment.quantizers(run.pl_module)
-        mine = {f"{layer}.{slot}" for layer, slots in self._slots.items() for slot in slots}
-        return {name: quantizer for name, quantizer in found.items() if name in mine}
+        """Those of this callback; looked up anew only after an edit, since each step asks twice."""
+        edits = len(manifest.edits_of(run.pl_module))
+        if edits != self._edits:
+            found = attachment.quantizers(run.pl_module)
+            mine = {f"{layer}.{slot}" for layer, slots in self._slots.items() for slot in slots}
+            self._live = {name: quantizer for name, quantizer in found.items() if name in mine}
+            self._edits = edits
+        return self._live
 
     def _set_modes(self, run: Coordinator, step: int) -> None:
         observe, ranges, batch_norm = (self._points[key] for key in ("observe", "ranges", "batch_norm"))
@@ -271,10 +281,14 @@ class QuantizationAwareTraining(CompressionCallback):
                 f"{self.name}: a manually optimized step cannot be rehearsed to see the activations; let quantization "
                 "begin later, with observe= at least one step before it"
             )
-        with examples.rehearsal(run):
-            for quantizer in watched.values():
-                quantizer.observing = quantizer.training = True
-            examples.run_step(run)
+
+        def watch() -> None:
+            with examples.rehearsal(run):
+                for quantizer in watched.values():
+                    quantizer.observing = quantizer.training = True
+                examples.run_step(run)
+
+        run.adapter.in_step(watch)
         self._commit(run, watched)
 
     def _initialize(self, run: Coordinator, quantizer: Quantizer, weight: Tensor | None) -> None:
