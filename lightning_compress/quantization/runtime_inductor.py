@@ -7,6 +7,7 @@ registered, with `freezing` on and without gradients; otherwise it compiles slow
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import re
@@ -24,10 +25,12 @@ from torch import Tensor
 
 from lightning_compress.errors import CompressionError
 from lightning_compress.quantization.calling import Signature, flat_module
+from lightning_compress.quantization.qdq import DEQUANTIZE
 from lightning_compress.writing import require
 
 Run = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
+_CONVOLUTIONS = tuple(getattr(torch.ops.aten, f"conv{d}d").default for d in (1, 2, 3))
 _PASSES = "torchao.quantization.pt2e.quantizer.x86_inductor_quantizer"  # importing it registers them
 _POINTER = "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR"  # set to tell something to a library while it is loaded
 _PYTHON = re.compile(r"(?:torch\.ops\.onednn\.(?=q)|extern_kernels\.(?=_int_mm))(\w+)(?:\.\w+)?\(")
@@ -64,8 +67,9 @@ def compile_here(program: torch.export.ExportedProgram, threads: int) -> tuple[R
     import torch._inductor  # takes seconds, so not before it is needed
 
     register_passes()
-    module = flat_module(program)
+    module = flat_module(_with_floating_stems(program))
     inputs = [node.meta["val"] for node in module.graph.nodes if node.op == "placeholder"]
+    _keep_symbols(inputs)
     with _compiling(), _generated_code() as code:
         compiled = torch._inductor.standalone_compile(
             module, inputs, dynamic_shapes="from_graph", options={"config_patches": _settings(threads)}
@@ -91,6 +95,7 @@ def compile_ahead(program: torch.export.ExportedProgram, threads: int, path: Pat
     import torch._inductor
 
     register_passes()
+    program = _with_floating_stems(program)
     with tempfile.TemporaryDirectory() as folder, _compiling():
         made = torch._inductor.aoti_compile_and_package(
             program, package_path=str(Path(folder) / "model.pt2"), inductor_configs=_settings(threads)
@@ -123,6 +128,41 @@ def load_ahead(
         return found[: signature.count]
 
     return run, _count(_CPP, text), _count(_FLOAT_CPP, text)
+
+
+def _keep_symbols(inputs: Sequence[Any]) -> None:
+    """Drop the sizes of products of symbols, which follow from the symbols.
+
+    A program that was saved and loaded keeps them beside the symbols, where inductor (torch 2.14) expects nothing else:
+    an assertion fails ("expected sympy.Symbol").
+    """
+    for value in inputs:
+        for size in value.shape if isinstance(value, Tensor) else ():
+            known = getattr(getattr(getattr(size, "node", None), "shape_env", None), "backed_var_to_val", {})
+            for expression in [key for key in known if not key.is_Symbol]:
+                del known[expression]
+
+
+def _with_floating_stems(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """Keep convolutions of one input channel, such as those of grey images, in floating point.
+
+    With one channel "contiguous" and "channels last" look the same, and inductor (torch 2.14) takes one for what oneDNN
+    returns in the other: an assertion fails in the first call. Two negations change nothing and hide the integers.
+    """
+    stems = [n for n in program.graph.nodes if n.target in _CONVOLUTIONS and n.args[0].meta["val"].shape[1] == 1]
+    if not any(n.args[0].target is DEQUANTIZE for n in stems):
+        return program
+    program = copy.deepcopy(program)
+    for node in list(program.graph.nodes):
+        if node.target in _CONVOLUTIONS and node.args[0].meta["val"].shape[1] == 1:
+            source = hidden = node.args[0]
+            for _ in range(2):
+                with program.graph.inserting_before(node):
+                    hidden = program.graph.call_function(torch.ops.aten.neg.default, (hidden,))
+                hidden.meta["val"] = source.meta["val"]
+            node.replace_input_with(source, hidden)
+    program.graph_module.recompile()
+    return program
 
 
 def _settings(threads: int) -> dict[str, Any]:
