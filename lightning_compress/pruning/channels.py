@@ -145,27 +145,114 @@ def plan_cut(
         raise ValueError(f"min_channels must be at least 1; got {min_channels}")
     if scope not in ("global", "local"):
         raise ValueError(f"scope must be 'global' or 'local'; got {scope!r}")
-    graph = trace(model, call)
     usage = measure(model, call)
+    found = find_families(model, call, targets, exclude)
+    families, skipped, rehearsal = found.families, found.skipped, found.rehearsal
+    planner = _Planner(model, usage, target, dense, scope, round_to, min_channels)
+    shift, attempts = 0.0, 0
+    while True:
+        solution, units = planner.solve(families, skipped, shift)
+        faults = rehearsal.blame(families, units)
+        if faults:
+            families = without_faults(families, faults, skipped)
+            continue
+        macs = rehearsal.macs if solution.cut.any() else usage.macs
+        if attempts == _ATTEMPTS or not planner.misses(solution, macs):
+            return planner.plan(families, units, solution, macs, skipped, found.notes)
+        shift, attempts = solution.cost - macs, attempts + 1
+
+
+@dataclass
+class Removable:
+    """What may be cut, after a first rehearsal.
+
+    Args:
+        families: Families of channels that stood it.
+        skipped: Layers that keep their width, with the reason.
+        notes: Remarks of the tracing.
+        rehearsal: To rehearse the final choice with.
+    """
+
+    families: list[Family]
+    skipped: dict[str, str]
+    notes: list[str]
+    rehearsal: Rehearsal
+
+
+def find_families(
+    model: nn.Module,
+    call: Call,
+    targets: Sequence[Pattern] | Pattern = ("*",),
+    exclude: Sequence[Pattern] | Pattern = (),
+) -> Removable:
+    """Find the channels that may go: traced, and rehearsed with every other unit gone.
+
+    Args:
+        model: The root module; it is left as it was.
+        call: One example call.
+        targets: See `plan_cut`.
+        exclude: See `plan_cut`.
+
+    Raises:
+        CompressionError: If a target layer cannot be followed, or the example call fails.
+    """
+    graph = trace(model, call)
     chosen = select(model, targets, exclude, kinds=(_ConvNd, nn.Linear), ran=graph.ran)
     _refuse(graph, chosen)
     skipped = _skipped(graph, chosen)
     families = [f for f in graph.families if not set(f.producers) & set(skipped)]
     rehearsal = Rehearsal(model, call, graph.trains)
     faults = rehearsal.blame(families, [np.arange(1, f.units, 2) for f in families])
-    planner = _Planner(model, usage, target, dense, scope, round_to, min_channels)
-    shift, attempts = 0.0, 0
-    while True:
-        skipped |= {p: faults[f.key] for f in families if f.key in faults for p in f.producers}
-        families = [f for f in families if f.key not in faults]
-        solution, units = planner.solve(families, skipped, shift)
-        faults = rehearsal.blame(families, units)
-        if faults:
-            continue
-        macs = rehearsal.macs if solution.cut.any() else usage.macs
-        if attempts == _ATTEMPTS or not planner.misses(solution, macs):
-            return planner.plan(families, units, solution, macs, skipped, graph.notes)
-        shift, attempts = solution.cost - macs, attempts + 1
+    return Removable(without_faults(families, faults, skipped), skipped, graph.notes, rehearsal)
+
+
+def without_faults(families: Sequence[Family], faults: Mapping[str, str], skipped: dict[str, str]) -> list[Family]:
+    """The families that a rehearsal did not blame; the others are added to `skipped`."""
+    skipped |= {p: faults[f.key] for f in families if f.key in faults for p in f.producers}
+    return [f for f in families if f.key not in faults]
+
+
+def cut_edit(model: nn.Module, families: Sequence[Family], units: Sequence[np.ndarray]) -> dict[str, Any]:
+    """The edit that removes units `units[i]` of family i."""
+    removed = removed_by(families, units)
+    slices = {name: {str(d): keep for d, keep in dims.items()} for name, dims in slices_of(removed).items()}
+    return {"kind": KIND, "slices": slices, "attributes": new_attributes(model, removed)}
+
+
+def width_changes(model: nn.Module, edit: Edit) -> dict[str, tuple[int, int]]:
+    """Output channels before and after a cut, for each layer that changes."""
+    changes = {}
+    for layer, before in widths_of(model).items():
+        values = edit["attributes"].get(layer, {})
+        width = values.get("out_channels", values.get("out_features", before))
+        if width != before:
+            changes[layer] = (before, width)
+    return changes
+
+
+def supply_of(
+    family: Family, dense: DenseReference, scores: np.ndarray, round_to: int | None, min_channels: int, spare: float
+) -> Supply:
+    """What a family can give.
+
+    Args:
+        family: The family.
+        dense: The dense model.
+        scores: Importance of each unit.
+        round_to: See `plan_cut`.
+        min_channels: Fewest output channels.
+        spare: Share of the dense units that should stay, in [0, 1).
+    """
+    layer = family.producers[0]
+    place = next(i for i, s in enumerate(family.sides) if s.layer == layer and s.kind == "out")
+    step, width = int(family.indices[place].shape[1]), family.sides[place].width
+    units = max(dense.units.get(family.key, family.units), family.units)
+    least = max(1, min(math.ceil(min_channels / step), family.units))
+    floor = max(least, math.ceil(round(spare * units, 9)))
+    rounding = round_to
+    if rounding is None:
+        rounding = _ROUND_TO if dense.widths.get(layer, width) >= _ROUND_FROM else 1
+    return Supply(family.key, family.units, units, step, width, min(floor, family.units), least, scores, rounding)
 
 
 def _refuse(graph: ChannelGraph, chosen: Mapping[str, nn.Module]) -> None:
@@ -252,17 +339,8 @@ class _Planner:
         return solution, units
 
     def _supply(self, family: Family, scores: np.ndarray) -> Supply:
-        layer = family.producers[0]
-        place = next(i for i, s in enumerate(family.sides) if s.layer == layer and s.kind == "out")
-        step, width = int(family.indices[place].shape[1]), family.sides[place].width
-        units = max(self._dense.units.get(family.key, family.units), family.units)
-        least = floor = max(1, min(math.ceil(self._min_channels / step), family.units))
-        if self._scope == "global":
-            floor = max(floor, math.ceil(round((1 - MAX_CUT) * units, 9)))
-        rounding = self._round_to
-        if rounding is None:
-            rounding = _ROUND_TO if self._dense.widths.get(layer, width) >= _ROUND_FROM else 1
-        return Supply(family.key, family.units, units, step, width, min(floor, family.units), least, scores, rounding)
+        spare = 1 - MAX_CUT if self._scope == "global" else 0.0
+        return supply_of(family, self._dense, scores, self._round_to, self._min_channels, spare)
 
     def _goal(self, supplies: Sequence[Supply]) -> tuple[float, float]:
         if self._budget.unit == "channels":
@@ -297,24 +375,15 @@ class _Planner:
         notes: list[str],
     ) -> CutPlan:
         """The edit and its report."""
-        removed = removed_by(families, units)
-        slices = {name: {str(d): keep for d, keep in dims.items()} for name, dims in slices_of(removed).items()}
-        attributes = new_attributes(self._model, removed)
-        edit = {"kind": KIND, "slices": slices, "attributes": attributes}
+        edit = cut_edit(self._model, families, units)
         parameters = cost_model(self._usage, "parameters", families, self._tensors, self._aliases)(solution.cut)
-        widths = {}
-        for layer, before in widths_of(self._model).items():
-            values = attributes.get(layer, {})
-            width = values.get("out_channels", values.get("out_features", before))
-            if width != before:
-                widths[layer] = (before, width)
         goal = self._goal([self._supply(f, np.zeros(f.units)) for f in families])[0]
         totals = {"macs": self._dense.macs, "parameters": float(self._dense.parameters)}
         whole = totals.get(self._budget.unit, float(sum(self._dense.units.get(f.key, f.units) for f in families)))
         return CutPlan(
             edit, self._budget.unit, goal, macs if self._budget.unit == "macs" else solution.cost, whole,
-            (self._usage.macs, macs), (self._usage.total_parameters, round(parameters)), widths, skipped,
-            notes + solution.notes,
+            (self._usage.macs, macs), (self._usage.total_parameters, round(parameters)),
+            width_changes(self._model, edit), skipped, notes + solution.notes,
         )  # fmt: skip
 
 
