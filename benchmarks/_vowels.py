@@ -1,4 +1,4 @@
-"""JapaneseVowels (Kudo, Toyama and Shimbo, 1999) as sktime ships it: 270 utterances to train, 370 to test, 9 speakers."""
+"""JapaneseVowels (Kudo, Toyama and Shimbo, 1999) as sktime ships it: 270 utterances to train, 370 to test, 9 voices."""
 
 from __future__ import annotations
 
