@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from scipy.stats import binomtest
 from torch import nn
 
 from lightning_compress.errors import CompressionError
+from lightning_compress.intervals import wilson as wilson
 from lightning_compress.nested import tensors_in
 from lightning_compress.probe import ExampleCall
 from lightning_compress.quantization.lowering import Lowered
@@ -105,19 +105,3 @@ def agreement(
         raise CompressionError("there is no call to compare, so nothing is known; pass some batches of inputs")
     span = max(high - low, torch.finfo(torch.float32).tiny)
     return Agreement(same / count, *wilson(same, count), count, most / span, total / values / span)
-
-
-def wilson(hits: int, count: int) -> tuple[float, float]:
-    """The 95 % interval of a share (Wilson, 1927).
-
-    Args:
-        hits: How many.
-        count: Of how many, at least 1.
-
-    Example:
-        >>> low, high = wilson(99, 100)
-        >>> round(low, 3), round(high, 3)
-        (0.946, 0.998)
-    """
-    interval = binomtest(hits, count).proportion_ci(method="wilson")
-    return float(interval.low), float(interval.high)
