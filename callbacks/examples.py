@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_compress.errors import CompressionError
 from lightning_compress.isolation import as_found, isolated_rng
 from lightning_compress.nested import map_tensors
-from lightning_compress.probe import ExampleCall, from_example_inputs, record_call
+from lightning_compress.probe import ExampleCall, calibration_batches, from_example_inputs, record_call
 
 if TYPE_CHECKING:
     from lightning import LightningModule
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lightning_compress.callbacks.coordinator import Coordinator
 
 _SAMPLES = 2  # planning needs shapes, not statistics
+_BATCH = 32
 
 
 def example_call(run: Coordinator, example_inputs: Any, targets: Sequence[str], owner: str) -> ExampleCall:
@@ -87,6 +88,25 @@ def _muted(module: LightningModule) -> Iterator[None]:
 
 def _ignore(*args: Any, **kwargs: Any) -> None:
     """Stands in for `LightningModule.log`."""
+
+
+def training_batches(run: Coordinator, samples: int) -> Iterator[Any]:
+    """Batches of their own from the training data, on the device, the same samples for any number of processes.
+
+    Args:
+        run: The coordinator.
+        samples: How many; where the loader has no dataset, the current batch is all there is.
+    """
+    loader = run.trainer.train_dataloader
+    dataset = getattr(loader, "dataset", None)
+    if dataset is None:
+        yield run.batch
+        return
+    size = getattr(loader, "batch_size", None) or _BATCH
+    batches, _ = calibration_batches(dataset, size, samples, 0, getattr(loader, "collate_fn", None))
+    for batch in batches:
+        converted = run.trainer.precision_plugin.convert_input(batch)
+        yield run.trainer.strategy.batch_to_device(converted, run.adapter.device)
 
 
 def smaller(call: ExampleCall) -> ExampleCall:

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from lightning_compress.callbacks import examples
 from lightning_compress.low_rank.units import Unit
 from lightning_compress.low_rank.whitening import Covariances
-from lightning_compress.probe import calibration_batches
 
 if TYPE_CHECKING:
     from lightning_compress.callbacks.coordinator import Coordinator
     from lightning_compress.callbacks.low_rank import LowRank
-
-_BATCH = 32
 
 
 def covariances(owner: LowRank, run: Coordinator, units: Sequence[Unit]) -> tuple[dict[str, Tensor], list[str]]:
@@ -34,7 +31,7 @@ def covariances(owner: LowRank, run: Coordinator, units: Sequence[Unit]) -> tupl
         return {}, []
     watched, before = Covariances(units), run.batch
     try:
-        for batch in _batches(owner, run):
+        for batch in examples.training_batches(run, owner.samples):
             run.batch = batch
             with examples.rehearsal(run), watched.watching(run.pl_module):
                 run.adapter.in_step(lambda: examples.run_step(run))
@@ -44,18 +41,3 @@ def covariances(owner: LowRank, run: Coordinator, units: Sequence[Unit]) -> tupl
     notes = [f"fewer calibration inputs than dimensions, so eigenvectors whiten: {', '.join(few)}"] if few else []
     plain = [unit.name for unit in units if unit.name not in found]
     return found, notes + ([f"not whitened: {', '.join(plain)}"] if plain else [])
-
-
-def _batches(owner: LowRank, run: Coordinator) -> Iterator[Any]:
-    """Batches of their own from the training data, the same samples for any number of processes."""
-    loader = run.trainer.train_dataloader
-    dataset = getattr(loader, "dataset", None)
-    if dataset is None:
-        yield run.batch
-        return
-    collate = getattr(loader, "collate_fn", None)
-    size = getattr(loader, "batch_size", None) or _BATCH
-    batches, _ = calibration_batches(dataset, size, owner.samples, 0, collate)
-    for batch in batches:
-        converted = run.trainer.precision_plugin.convert_input(batch)
-        yield run.trainer.strategy.batch_to_device(converted, run.adapter.device)

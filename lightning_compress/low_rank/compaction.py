@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_compress import layers, manifest, surgery
+from lightning_compress import layers, manifest, replacing, surgery
 from lightning_compress.errors import CompressionError
 from lightning_compress.low_rank import building, costs
+from lightning_compress.low_rank import replacement as replacement  # whoever knows edits of this file knows those too
 from lightning_compress.low_rank.factorization import METHODS
 from lightning_compress.low_rank.modules import Factored
-from lightning_compress.low_rank.replacement import HOOKS
 from lightning_compress.low_rank.states import Kept
 from lightning_compress.low_rank.units import Unit, factored_parts, factored_parts_of, unit_of
 from lightning_compress.surgery import Edit, Journal, New, Swap
@@ -86,8 +86,7 @@ def _apply_merge(root: nn.Module, edit: Edit, journal: Journal) -> list[Swap]:
                 dense.bias = factored.bias
             weight = factored.small(-1).weight
             dense.weight.requires_grad_(weight.requires_grad)
-            for registry in HOOKS:
-                dense.__dict__[registry] = getattr(factored, registry)
+            replacing.carry_hooks(factored, dense)
             old = [factored.small(index).weight for index in range(len(factored))]
             gone = [Swap(f"{prefix}.{index}.weight", tensor, ()) for index, tensor in enumerate(old[:-1])]
             swap = Swap(f"{prefix}.{len(old) - 1}.weight", old[-1], (New(f"{prefix}.weight", dense.weight),))

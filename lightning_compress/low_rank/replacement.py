@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from lightning_compress import recurrent, surgery
+from lightning_compress import recurrent, replacing, surgery
 from lightning_compress.errors import CompressionError
 from lightning_compress.low_rank import building
 from lightning_compress.low_rank.attention import LowRankMultiheadAttention, split_projections
@@ -30,10 +30,6 @@ REPLACE = "low_rank.replace"
 Spec = Mapping[str, Mapping[str, Any]]  # {part: {"method": str, "ranks": [int, ...]}}
 Factors = Mapping[str, Mapping[str, Sequence[Tensor]]]  # {layer: {part: factors}}
 StateMode = Literal["restart", "project"]
-HOOKS = (
-    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -116,17 +112,10 @@ def _apply_replace(root: nn.Module, edit: Edit, journal: Journal) -> list[Swap]:
                     dense = weight_of(root, unit)
                     wanted = unit.algebra.refit([f.to(dense.device) for f in wanted], dense, unit.groups)
                 building.fill(factored, wanted)
-        for registry in HOOKS:  # the same registries, so that handles work on
-            if getattr(old, registry):
-                new.__dict__[registry] = _with_ours(getattr(old, registry), getattr(new, registry))
+        replacing.carry_hooks(old, new)
         swaps += surgery.replace_module(root, name, new, _swaps(name, old, new, spec, now), journal)
         _without_fused_layers(root, name, journal)
     return swaps
-
-
-def _with_ours(theirs: Any, ours: Any) -> Any:
-    theirs.update(ours)
-    return theirs
 
 
 def _without_fused_layers(root: nn.Module, name: str, journal: Journal) -> None:

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
-from lightning_compress import layers, recurrent
+from lightning_compress import recurrent, replacing
 from lightning_compress.low_rank.attention import LowRankMultiheadAttention, projection_weights
 from lightning_compress.low_rank.building import dense_shape
 from lightning_compress.low_rank.factorization import METHODS, Method, Shape
@@ -97,7 +96,7 @@ def find_units(
         kept |= {first: "it is the first layer", **{name: "it is the last layer" for name in last}}
     kept = {name: reason for name, reason in kept.items() if name in chosen}
     units: list[Unit] = []
-    uses = _uses(root)
+    uses = replacing.uses(root)
     for name, module in chosen.items():
         reason = kept.get(name) or why_not(root, name, module, uses)
         if reason is None:
@@ -199,51 +198,18 @@ def _inside(root: nn.Module) -> set[str]:
     return found
 
 
-def _uses(root: nn.Module) -> dict[int, int]:
-    """How many places of distinct modules hold each parameter."""
-    count: dict[int, int] = {}
-    for module in root.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                count[id(parameter)] = count.get(id(parameter), 0) + 1
-    return count
-
-
 def why_not(root: nn.Module, name: str, module: nn.Module, uses: Mapping[int, int]) -> str | None:
     """Why a layer cannot be factored; ``None`` if it can."""
-    plain = layers.plain_type(module)
     if not name:
         return "it is the model itself, and nothing holds it that could hold its factors"
     if isinstance(module, _TRANSPOSED):
         return "transposed convolutions have no factored form here"
-    reason = _why_not_parameters(module, uses)
-    if reason is None and plain not in KINDS:
-        reason = f"it is a {plain.__name__}, a subclass that may use its weight in ways unknown here"
-    if reason is not None:
-        return reason
-    if any(slot_name != "mask" for slot in layers.slots_of(module).values() for slot_name in slot):
-        return "its weights or inputs pass through quantizers, which would be lost"
-    parent = get_submodule_clean(root, name.rpartition(".")[0], keep_wrappers=False)
-    held = parent._modules.get(name.rpartition(".")[2])
-    if held is not None and held is not module:
-        return "it is wrapped by itself (compiled, checkpointed or sharded); wrap something around it instead"
-    return _why_not_kind(module)
-
-
-def _why_not_parameters(module: nn.Module, uses: Mapping[int, int]) -> str | None:
-    expected = ("weight",) if not isinstance(module, nn.RNNBase) else recurrent.weight_slots(module)
-    if not isinstance(module, nn.MultiheadAttention):
-        for slot in expected:
-            if not isinstance(module._parameters.get(slot), nn.Parameter):
-                return "its weight is computed from other parameters (weight_norm, another parametrization)"
-    own: list[Any] = list(module.parameters())
-    if any(is_lazy(parameter) for parameter in own):
-        return "it has no shape yet, because it is lazy and has not run"
-    if any(not parameter.is_floating_point() for parameter in own):
-        return "its weights are no floating-point numbers"
-    if any(uses.get(id(parameter), 0) > 1 for parameter in own if parameter.dim() > 1):
-        return "its weight is tied to another layer"
-    return None
+    weights: Sequence[str] = ("weight",)
+    if isinstance(module, nn.RNNBase):
+        weights = recurrent.weight_slots(module)
+    elif isinstance(module, nn.MultiheadAttention):
+        weights = ()
+    return replacing.why_not(root, name, module, KINDS, uses, weights) or _why_not_kind(module)
 
 
 def _why_not_kind(module: nn.Module) -> str | None:
