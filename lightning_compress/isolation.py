@@ -32,22 +32,40 @@ def isolated_rng(seed: int | None = None) -> Iterator[None]:
         ...     bool(inside == torch.rand(1))
         True
     """
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
+    restore = note_rng()
     try:
         if seed is not None:
             random.seed(seed)
             np.random.seed(seed)
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would queue a seed for a CUDA not yet in use
-            if cuda is not None:
+            if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
                 torch.cuda.manual_seed_all(seed)
         yield
     finally:
+        restore()
+
+
+def note_rng() -> Callable[[], None]:
+    """Note the random state of Python, NumPy and PyTorch (all devices in use); call what is returned to restore it.
+
+    Example:
+        >>> restore = note_rng()
+        >>> first = torch.rand(1)
+        >>> restore()
+        >>> bool(first == torch.rand(1))
+        True
+    """
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
+
+    def restore() -> None:
         random.setstate(python)
         np.random.set_state(numpy)
         torch.set_rng_state(cpu)
         if cuda is not None:
             torch.cuda.set_rng_state_all(cuda)
+
+    return restore
 
 
 @contextmanager
