@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -82,6 +82,14 @@ class _Active:
     source: TermSource
     terms: tuple[LossTerm, ...]
     weights: tuple[float, ...]
+
+
+@runtime_checkable
+class Accompanied(Protocol):
+    """A source that has other networks make the same step."""
+
+    def accompany(self, step: Callable[[], Any]) -> None:
+        """Take note, before the student's own pass, of how to make the user's step (again)."""
 
 
 class StepPipeline:
@@ -251,6 +259,9 @@ class StepPipeline:
         active = self._active(step)
         self.last = {}
         try:
+            for part in active:
+                if isinstance(part.source, Accompanied):
+                    part.source.accompany(functools.partial(inner, *args, **kwargs))
             with self._recording(active, _first(args, kwargs)):
                 output = inner(*args, **kwargs)
             task = output.get("loss") if isinstance(output, Mapping) else output
