@@ -25,6 +25,7 @@ from lightning_compress.distillation.teachers import (
     resolve_teacher_module,
 )
 from lightning_compress.errors import CompressionError
+from lightning_compress.manual import ManualBackward
 from lightning_compress.nested import map_tensors
 from lightning_compress.probe import ExampleCall, from_example_inputs
 from lightning_compress.schedule import Scheduled
@@ -46,7 +47,8 @@ class Distillation(CompressionCallback):
         teacher: A path to a checkpoint of the same LightningModule class (dense, or compressed by this package); a
             module whose forward takes what the student's takes; a function without arguments that makes the module, or
             its name as ``"package.module:function"``; a list of these, which answer by the mean of their probabilities
-            (`Ensemble` for the mean of logits); ``"initial"``, the model with the weights that it has when training
+            (`Ensemble` for the mean of logits); a mapping from the names of tasks to such teachers, see
+            `Specialists`; ``"initial", the model with the weights that it has when training
             begins; or `EMATeacher`, the moving average of the student. Of the last two every checkpoint of this fit
             holds the weights.
         losses: Loss terms; default ``[KD()]``.
@@ -58,6 +60,8 @@ class Distillation(CompressionCallback):
         example_inputs: Arguments of the student, needed only by losses that own a projector or pair layers by
             themselves; default: the LightningModule's ``example_input_array``.
         allow_teacher_change: Accept another teacher when a checkpoint is resumed.
+        manual: For modules that optimize by hand (GANs): which of their ``manual_backward`` calls get the terms.
+            Default: those whose loss depends on the student.
         name: Tells two instances apart.
 
     Raises:
@@ -76,13 +80,14 @@ class Distillation(CompressionCallback):
 
     def __init__(
         self,
-        teacher: Sequence[teaching.TeacherLike] | teaching.TeacherLike,
+        teacher: Sequence[teaching.TeacherLike] | Mapping[str, teaching.TeacherLike] | teaching.TeacherLike,
         losses: Sequence[LossTerm] | None = None,
         student: str | None = None,
         task_weight: float | Scheduled = 1.0,
         placement: Placement = "replicate",
         example_inputs: Any = None,
         allow_teacher_change: bool = False,
+        manual: ManualBackward | None = None,
         name: str | None = None,
     ) -> None:
         super().__init__(name)
@@ -108,6 +113,9 @@ class Distillation(CompressionCallback):
         non_negative(self.name, "task_weight", task_weight)
         self.student, self.task_weight, self.placement = student, task_weight, placement
         self.example_inputs, self.allow_teacher_change = example_inputs, allow_teacher_change
+        if manual is not None and not isinstance(manual, ManualBackward):
+            raise TypeError(f"manual is a ManualBackward, such as ManualBackward(calls=1); got {manual!r}")
+        self.manual = manual
 
     def reset(self) -> None:
         """See `CompressionCallback.reset`."""
@@ -147,6 +155,11 @@ class Distillation(CompressionCallback):
                 f"{self.name}: placement='shard' spreads the teacher over the mesh of ModelParallelStrategy, and this "
                 f"Trainer has {type(run.trainer.strategy).__name__}. Use that strategy, or placement='cpu'"
             )
+        if self.manual is not None and run.pl_module.automatic_optimization:
+            raise CompressionError(
+                f"{self.name}: manual= chooses among `manual_backward` calls, and {type(run.pl_module).__name__} "
+                "optimizes automatically, so it has none; leave it out"
+            )
         graph = [term.name for term in self.losses if term.teacher_graph]
         if graph and (run.adapter.is_sharded or self.placement == "shard"):
             raise CompressionError(
@@ -166,7 +179,7 @@ class Distillation(CompressionCallback):
         self._check_teacher(run, part)
         self._handle = Teacher(part, self.placement)
         self._pair(run, student, part)
-        source = TapSource(self.name, student, self.losses, self._handle, self.task_weight)
+        source = TapSource(self.name, student, self.losses, self._handle, self.task_weight, self.manual)
         run.pipeline.add(source)
         if any(type(term).build is not LossTerm.build for term in self.losses):
             self._shapes = self._measure(run, source)

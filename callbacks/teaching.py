@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_compress import manifest, surgery
 from lightning_compress.distillation.following import EMATeacher, Ensemble, move_towards
+from lightning_compress.distillation.heads import Specialists
 from lightning_compress.distillation.teachers import resolve_teacher_module
 from lightning_compress.errors import CompressionError
 from lightning_compress.isolation import isolated_rng
@@ -37,11 +38,11 @@ def check_type(teacher: Any) -> None:
         TypeError: With what was found.
         ValueError: If a list of teachers is empty, or holds the student's average.
     """
-    if isinstance(teacher, list | tuple):
+    if isinstance(teacher, list | tuple | Mapping):
         if not teacher:
             raise ValueError("teacher is an empty list; give one or more")
-        for one in teacher:
-            if isinstance(one, EMATeacher | list | tuple) or one == "initial":
+        for one in many(teacher):
+            if isinstance(one, EMATeacher | list | tuple | Mapping) or one == "initial":
                 raise ValueError(f"several teachers are paths, modules or factories; {one!r} can only teach alone")
             check_type(one)
         return
@@ -52,7 +53,8 @@ def check_type(teacher: Any) -> None:
         found = teacher.__name__ + " itself, a class" if isinstance(teacher, type) else type(teacher).__name__
         raise TypeError(
             "teacher is a checkpoint path, a module or 'initial'; got "
-            f"{found} (also possible: a function that makes the module, a list of teachers, EMATeacher)"
+            f"{found} (also possible: a function that makes the module, a list of teachers, a mapping from tasks to "
+            "teachers, EMATeacher)"
         )
 
 
@@ -70,6 +72,8 @@ def is_factory(teacher: Any) -> bool:
 
 def many(teacher: Any) -> Sequence[Any]:
     """The teachers, if there are several; else the one."""
+    if isinstance(teacher, Mapping):
+        return list(teacher.values())
     return teacher if isinstance(teacher, list | tuple) else [teacher]
 
 
@@ -109,6 +113,11 @@ def build(run: Coordinator, owner: str, teacher: Any, student_name: str) -> nn.M
     if isinstance(teacher, list | tuple):
         parts = [build(run, owner, one, student_name) for one in teacher]
         return Ensemble([resolve_teacher_module(part, student_name, run.pl_module) for part in parts])
+    if isinstance(teacher, Mapping):
+        keys = {task: one if isinstance(one, str) else id(one) for task, one in teacher.items()}
+        made = {key: build(run, owner, teacher[task], student_name) for task, key in keys.items()}
+        known = {key: resolve_teacher_module(part, student_name, run.pl_module) for key, part in made.items()}
+        return Specialists({task: known[key] for task, key in keys.items()})
     if isinstance(teacher, nn.Module):
         return teacher
     if is_factory(teacher):

@@ -13,6 +13,9 @@ from lightning_compress.distillation.features import Hint as Hint
 from lightning_compress.distillation.following import EMATeacher as EMATeacher
 from lightning_compress.distillation.following import Ensemble as Ensemble
 from lightning_compress.distillation.following import Snapshots as Snapshots
+from lightning_compress.distillation.heads import Head as Head
+from lightning_compress.distillation.heads import Regression as Regression
+from lightning_compress.distillation.heads import Specialists as Specialists
 from lightning_compress.distillation.information import CRD as CRD
 from lightning_compress.distillation.information import VID as VID
 from lightning_compress.distillation.losses import KD as KD
@@ -29,6 +32,7 @@ from lightning_compress.loading import load as load
 from lightning_compress.loading import load_from_checkpoint as load_from_checkpoint
 from lightning_compress.loading import strip as strip
 from lightning_compress.manifest import materialize as materialize
+from lightning_compress.manual import ManualBackward as ManualBackward
 from lightning_compress.quantization.artifact import Int8Artifact as Int8Artifact
 from lightning_compress.quantization.post_training import quantize as quantize
 from lightning_compress.quantization.spec import QuantSpec as QuantSpec

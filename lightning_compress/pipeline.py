@@ -14,7 +14,7 @@ import copy
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -22,9 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.errors import CompressionError
+from lightning_compress.manual import nodes_behind
 from lightning_compress.terms import PREFIX as PREFIX
 from lightning_compress.terms import GradientTerm as GradientTerm
 from lightning_compress.terms import LossTerm as LossTerm
+from lightning_compress.terms import Records as Records
 from lightning_compress.terms import Shapes as Shapes
 from lightning_compress.terms import TapSpec as TapSpec
 from lightning_compress.terms import TapSpecs as TapSpecs
@@ -34,9 +36,15 @@ from lightning_compress.terms import local_pair as local_pair
 
 MANUAL_PATIENCE = 10
 """Manual steps (a GAN may alternate) after which a tap that never fired is an error."""
+REACH_PATIENCE = 200
+"""Manual steps (a critic may train alone for long) after which it is an error that no loss ever got a term."""
 
 _MISSING = object()
 _ORDER = ("scores", "penalties", "masks")
+
+
+Watcher = Callable[[TermSource, Mapping[str, tuple[Records, Records]], Mapping[str, Tensor], Tensor], None]
+"""Gets the source, what its terms saw, their weighted values by name, and the user's own loss."""
 
 
 def _itself(function: Any) -> Any:
@@ -83,6 +91,11 @@ class _Active:
     terms: tuple[LossTerm, ...]
     weights: tuple[float, ...]
 
+    def scaled(self) -> _Active:
+        """The same with the factor of manual optimization."""
+        scale = self.source.manual.scale
+        return self if scale == 1 else _Active(self.source, self.terms, tuple(scale * w for w in self.weights))
+
 
 @runtime_checkable
 class Accompanied(Protocol):
@@ -119,10 +132,15 @@ class StepPipeline:
         self.gradient_terms: list[GradientTerm] = []
         self.last: dict[str, Tensor] = {}
         """What the last step added: ``"task"`` and ``"<source>/<term>"`` -> detached value, not weighted."""
+        self.stand_ins: list[Callable[[], AbstractContextManager[None]]] = []
+        """Entered around the user's own step, such as to let it train another module in the student's place."""
+        self.watchers: list[Watcher] = []
+        """Shown what a source's terms saw and computed, before the backward; they change nothing."""
         self.pl_module: Any = None
         self._patches: list[tuple[str, _Wrapped, Any]] = []
         self._live: tuple[int, list[_Active]] | None = None
-        self._manual_steps = 0
+        self._manual_steps = self._backwards = 0
+        self._reached = False
 
     # -- set up and take down
 
@@ -220,8 +238,11 @@ class StepPipeline:
         self._patches.clear()
         self.sources.clear()
         self.gradient_terms.clear()
+        self.stand_ins.clear()
+        self.watchers.clear()
         self.pl_module = self._live = None
         self._manual_steps = 0
+        self._reached = False
 
     # -- loss terms
 
@@ -244,7 +265,10 @@ class StepPipeline:
             part.source.see(batch)
             part.source.start(part.terms)
         try:
-            yield
+            with ExitStack() as stack:
+                for stand_in in self.stand_ins:
+                    stack.enter_context(stand_in())
+                yield
         finally:
             for part in active:
                 part.source.stop()
@@ -270,7 +294,7 @@ class StepPipeline:
                 return output
             for part in active:
                 part.source.check_fired(part.terms)
-            total = self._scaled(task, step) + self._added(active, step)
+            total = self._scaled(task, step) + self._added(active, step, task)
             return {**output, "loss": total} if isinstance(output, Mapping) else total
         finally:
             self._forget(active)
@@ -279,7 +303,7 @@ class StepPipeline:
         step = self.step_of()
         active = self._active(step)
         self.last = {}
-        self._live = step, active
+        self._live, self._backwards = (step, active), 0
         try:
             with self._recording(active, _first(args, kwargs)):
                 output = inner(*args, **kwargs)
@@ -290,23 +314,37 @@ class StepPipeline:
         if self._manual_steps >= MANUAL_PATIENCE:
             for part in active:
                 part.source.check_fired(part.terms)
+        if self._manual_steps >= REACH_PATIENCE and not self._reached:
+            raise CompressionError(
+                f"In {self._manual_steps} steps no loss got a term of {[part.source.name for part in active]}. A term "
+                "goes into a `self.manual_backward(loss)` (not `loss.backward()`) whose loss depends on a call of the "
+                f"student in the same `training_step`, and which `calls` of ManualBackward lets through; the last step "
+                f"had {self._backwards} of them. Compute the student's output and its loss in one step, or correct "
+                "`calls`."
+            )
         return output
 
     def _manual_backward(self, inner: Callable[..., Any], loss: Tensor, *args: Any, **kwargs: Any) -> Any:
         if self._live is None or not self._live[1]:
             return inner(loss, *args, **kwargs)
-        step, active = self._live
+        (step, active), number = self._live, self._backwards
+        self._backwards += 1
         # Activation checkpointing calls modules again in the backward: not to be recorded.
         for part in active:
             part.source.stop()
         try:
-            added = self._added(active, step)
+            with ExitStack() as stack:
+                behind = nodes_behind(loss)
+                for part in active:
+                    stack.enter_context(part.source.only(behind))
+                chosen = [part.scaled() for part in active if part.source.manual.takes(number)]
+                added = self._added(chosen, step, loss)
             # The discriminator's loss of a GAN has no term in it: its scale is not ours to change.
+            self._reached = self._reached or not isinstance(added, float)
             total = loss if isinstance(added, float) else self._scaled(loss, step) + added
             return inner(total, *args, **kwargs)
         finally:
             for part in active:
-                part.source.clear()
                 part.source.start(part.terms)
 
     def _scaled(self, task: Tensor, step: int) -> Tensor:
@@ -314,11 +352,12 @@ class StepPipeline:
         weight = self.task_weight(step)
         return task if weight == 1 else weight * task
 
-    def _added(self, active: list[_Active], step: int) -> Tensor | float:
+    def _added(self, active: list[_Active], step: int, task: Tensor) -> Tensor | float:
         """Return the weighted sum of the terms that saw something; the float 0 if none did."""
         total: Tensor | float = 0.0
         for part in active:
             records = part.source.collect(part.terms)
+            weighted: dict[str, Tensor] = {}
             for term, weight in zip(part.terms, part.weights, strict=True):
                 if term.name not in records:
                     continue
@@ -330,7 +369,10 @@ class StepPipeline:
                         f"Loss term {term.name!r} returned a tensor of shape {tuple(value.shape)}, not a scalar."
                     )
                 self.last[f"{part.source.name}/{term.name}"] = value.detach()
-                total = weight * value if isinstance(total, float) else total + weight * value
+                weighted[term.name] = weight * value
+                total = weighted[term.name] if isinstance(total, float) else total + weighted[term.name]
+            for watcher in self.watchers:
+                watcher(part.source, records, weighted, task)
         return total
 
     # -- gradient terms

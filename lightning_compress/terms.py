@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from lightning_compress.decisions import Decisions
 from lightning_compress.errors import CompressionError
+from lightning_compress.manual import ManualBackward, Nodes
 from lightning_compress.schedule import Scheduled
 
 if TYPE_CHECKING:
@@ -208,6 +210,8 @@ class TermSource(Protocol):
     """Where terms get their records: taps on a student and perhaps a teacher, see `distillation.source`."""
 
     name: str
+    manual: ManualBackward
+    """Which losses get terms under manual optimization."""
 
     @property
     def terms(self) -> Sequence[LossTerm]:
@@ -227,6 +231,9 @@ class TermSource(Protocol):
 
     def clear(self) -> None:
         """Forget the records."""
+
+    def only(self, behind: Nodes) -> AbstractContextManager[None]:
+        """Show inside the block only records that a loss depends on, and forget these afterwards."""
 
     def check_fired(self, terms: Sequence[LossTerm]) -> None:
         """Raise CompressionError if a tap of these terms has never seen a call."""

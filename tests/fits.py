@@ -78,6 +78,30 @@ class Sharded(TinyNet):
         fully_shard(self.net, mesh=mesh)
 
 
+class TinyGan(TinyNet):
+    """The network as a generator of four numbers, a critic of them, and both trained in turn by hand."""
+
+    def __init__(self, **hparams: Any) -> None:
+        super().__init__(**hparams)
+        self.automatic_optimization = False
+        self.critic = torch.nn.Linear(4, 1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        losses = []
+        made = self.net(batch[0])
+        for optimizer, images, sign in zip(self.optimizers(), (made.detach(), made), (1, -1), strict=True):
+            self.toggle_optimizer(optimizer) if sign > 0 else None
+            optimizer.zero_grad()
+            losses.append(sign * self.critic(images).mean() + 0.1 * images.square().mean())
+            self.manual_backward(losses[-1])
+            optimizer.step()
+            self.untoggle_optimizer(optimizer) if sign > 0 else None
+        return {"loss": losses[-1].detach()}
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.critic.parameters(), 0.01), torch.optim.SGD(self.net.parameters(), 0.01)
+
+
 def teacher() -> torch.nn.Module:
     """The same teacher in every process."""
     with torch.random.fork_rng():
@@ -171,6 +195,9 @@ TECHNIQUES: dict[str, Callable[[], list[CompressionCallback]]] = {
         ChannelPruning(keep_macs=0.5, schedule=CUTS),
     ],
     "attribution": lambda: [Distillation(teacher(), losses=[lc.AttributionMatching("net.5", 100.0), lc.AT("net.2")])],
+    "generator": lambda: [
+        Distillation(teacher().net, losses=[lc.Regression("l1", 2.0)], student="net")  # type: ignore[arg-type]
+    ],
     "average": lambda: [Distillation(lc.EMATeacher(0.7))],
     "similarity": lambda: [Distillation(teacher(), losses=[PerRank("net.5", 10.0)])],
     "sharded teacher": lambda: [Distillation(teacher(), losses=[lc.KD(2.0)], placement=_placement())],

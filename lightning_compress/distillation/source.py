@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +14,7 @@ from lightning_compress.distillation.kept import Measured
 from lightning_compress.distillation.taps import Call, TapSet
 from lightning_compress.distillation.teachers import Teacher
 from lightning_compress.errors import CompressionError
+from lightning_compress.manual import ManualBackward, Nodes
 from lightning_compress.nested import map_tensors, tensors_in
 from lightning_compress.schedule import Scheduled
 from lightning_compress.targets import get_submodule_clean
@@ -117,6 +118,7 @@ class TapSource(Resolvable):
         terms: What to add to the loss.
         teacher: Who answers; may be None if no term taps it.
         task_weight: Factor of the user's own loss, >= 0.
+        manual: Which losses get terms under manual optimization.
 
     Raises:
         CompressionError: If a tapped module does not exist, or a term wants a teacher and there is none.
@@ -132,11 +134,13 @@ class TapSource(Resolvable):
         terms: Sequence[LossTerm],
         teacher: Teacher | None = None,
         task_weight: float | Scheduled = 1.0,
+        manual: ManualBackward | None = None,
     ) -> None:
         if not name or "." in name:
             raise ValueError(f"The name of a source is part of module names: not empty, no dots; found {name!r}.")
         self.name = name
         self.terms = list(terms)
+        self.manual = manual or ManualBackward()
         self.task_weight = non_negative(name, "task_weight", task_weight)
         self._specs = {term.name: term.taps() for term in self.terms}
         asked = {spec.module for specs in self._specs.values() for spec in specs.teacher}
@@ -175,6 +179,10 @@ class TapSource(Resolvable):
     def clear(self) -> None:
         """Forget the records."""
         self.taps.clear()
+
+    def only(self, behind: Nodes) -> AbstractContextManager[None]:
+        """Show inside the block only calls that a loss depends on, and forget these afterwards; see `TapSet.only`."""
+        return self.taps.only(behind)
 
     def check_fired(self, terms: Sequence[LossTerm]) -> None:
         """Refuse a tap that has never seen a call.

@@ -15,7 +15,7 @@ Traps that decide how this is written:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.errors import CompressionError
+from lightning_compress.manual import Nodes, depends_on
 from lightning_compress.nested import map_tensors, tensors_in
 from lightning_compress.targets import get_submodule_clean
 from lightning_compress.terms import TapSpec
@@ -201,6 +202,18 @@ class Tap:
             self._check(call.entered, (call.args, call.kwargs), "went into")
         return calls
 
+    @contextmanager
+    def only(self, behind: Nodes) -> Iterator[None]:
+        """Show inside the block only calls whose output is on a graph, and forget these afterwards."""
+        calls = self._recorder.calls  # changed in place: compiled code has seen this very list
+        used = [depends_on(behind, call.output) for call in calls]
+        rest = [call for call, is_used in zip(calls, used, strict=True) if not is_used]
+        calls[:] = [call for call, is_used in zip(calls, used, strict=True) if is_used]
+        try:
+            yield
+        finally:
+            calls[:] = rest
+
     def read(self, what: Literal["output", "input", "arguments", "batch"], teaching_only: bool = False) -> list[Any]:
         """Return the outputs, the first inputs or all arguments of the recorded calls.
 
@@ -314,6 +327,14 @@ class TapSet:
         if self.root is old:
             self.root = new
         return bool(moved)
+
+    @contextmanager
+    def only(self, behind: Nodes) -> Iterator[None]:
+        """Show inside the block only calls whose outputs are on a graph, and forget these afterwards."""
+        with ExitStack() as stack:
+            for tap in self.taps.values():
+                stack.enter_context(tap.only(behind))
+            yield
 
     def values(self, spec: TapSpec, teaching_only: bool = False) -> list[Any]:
         """Return what one tap saw, one value per call; see `Tap.read`."""
