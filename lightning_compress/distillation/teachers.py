@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import torch
@@ -120,16 +121,21 @@ class Teacher:
         Device and float type (if nothing is rounded) do not matter. A resumed run compares it to know that it has the
         same teacher; it is no protection against one that was altered on purpose.
         """
-        digest = hashlib.sha256()
-        for name, value in sorted(self.module.state_dict().items()):
-            digest.update(f"{name} {tuple(value.shape) if isinstance(value, Tensor) else value!r};".encode())
-            if isinstance(value, Tensor) and value.numel():
-                # A collective for sharded weights, so every process computes it.
-                whole: Any = value.full_tensor() if hasattr(value, "full_tensor") else value
-                flat = whole.detach().flatten()
-                picked = torch.linspace(0, flat.numel() - 1, min(_SAMPLES, flat.numel()), dtype=torch.float64).long()
-                digest.update(flat[picked.to(flat.device)].cpu().double().numpy().tobytes())
-        return digest.hexdigest()
+        return fingerprint_of(self.module.state_dict())
+
+
+def fingerprint_of(state: Mapping[str, Any]) -> str:
+    """Return the fingerprint of a state dict; see `Teacher.fingerprint`."""
+    digest = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        digest.update(f"{name} {tuple(value.shape) if isinstance(value, Tensor) else value!r};".encode())
+        if isinstance(value, Tensor) and value.numel():
+            # A collective for sharded weights, so every process computes it.
+            whole: Any = value.full_tensor() if hasattr(value, "full_tensor") else value
+            flat = whole.detach().flatten()
+            picked = torch.linspace(0, flat.numel() - 1, min(_SAMPLES, flat.numel()), dtype=torch.float64).long()
+            digest.update(flat[picked.to(flat.device)].cpu().double().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _blocks(module: nn.Module) -> list[nn.Module]:
