@@ -1,0 +1,208 @@
+"""What an audit gets: two models, the examples, a budget, and what it may spend."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.audits.comparing import compare
+from lightning_compress.audits.data import Examples
+from lightning_compress.audits.handles import ModelHandle
+from lightning_compress.audits.integrity import GradientTrust, gradient_probe
+from lightning_compress.audits.results import AuditResult, Metric
+from lightning_compress.audits.tasks import Task
+
+MARGINS: dict[str, float] = {
+    "fidelity.accuracy": 0.01,
+    "fidelity.within_tolerance": 0.01,
+    "fidelity.mean_iou": 0.01,
+    "fidelity.token_accuracy": 0.01,
+    "fidelity.next_token_accuracy": 0.01,
+    "forgetting.worst_class": 0.05,
+    "calibration.ece_debiased": 0.02,
+    "robustness.auc": 0.02,
+    "explanation.agreement": 0.2,
+    "privacy.tpr_at_1_percent": 0.02,
+}
+
+
+class Budget:
+    """How long an audit may take and how many examples it may look at.
+
+    Args:
+        seconds: Of wall-clock time for all audits together; None: no limit. An audit that is running is not killed: it
+            asks, and stops at the next batch.
+        examples: At most that many; None: all.
+        clock: Returns seconds; for tests.
+
+    Example:
+        >>> budget = Budget(examples=100)
+        >>> budget.is_spent, budget.truncated
+        (False, False)
+    """
+
+    def __init__(
+        self,
+        seconds: float | None = None,
+        examples: int | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        if seconds is not None and seconds <= 0:
+            raise ValueError(f"a budget has a positive number of seconds, or None; got {seconds}")
+        if examples is not None and examples < 1:
+            raise ValueError(f"a budget has at least one example, or None; got {examples}")
+        self.seconds, self.examples, self._clock = seconds, examples, clock
+        self.truncated = False
+        self._started = clock()
+
+    def start(self) -> Budget:
+        """Count from now."""
+        self._started, self.truncated = self._clock(), False
+        return self
+
+    @property
+    def used(self) -> float:
+        """Seconds since the start."""
+        return self._clock() - self._started
+
+    @property
+    def left(self) -> float:
+        """Seconds left; infinite without a limit."""
+        return float("inf") if self.seconds is None else max(0.0, self.seconds - self.used)
+
+    @property
+    def is_spent(self) -> bool:
+        """Whether the time is over; noted in `truncated` if so."""
+        if self.left > 0:
+            return False
+        self.truncated = True
+        return True
+
+
+def _alone(values: Tensor) -> Tensor:
+    return values
+
+
+@dataclass(eq=False)
+class AuditContext:
+    """Two models and the examples they are compared on.
+
+    Attributes:
+        dense: The reference.
+        compressed: What is audited.
+        task: What being right means.
+        inputs: Raw inputs (N, ...), this process's share.
+        targets: (N, ...).
+        ids: (N,) int64; per-example random numbers are seeded by them.
+        seed: Of everything random.
+        budget: What may be spent.
+        references: Further models: `"dense"` and `"compressed"` (other seeds of each), `"tuned"` (the dense model
+            trained on without compression), whatever an audit asks for.
+        members: Training examples, un-augmented, for privacy audits.
+        nonmembers: Examples of the same distribution that were not trained on; default: those of the audit.
+        ood: Inputs of another distribution.
+        margins: `"family.metric"` -> how much worse is acceptable.
+        options: Audit name -> what the user passes on to it.
+        gather: Puts the shares of all processes together along dimension 0, in the order of ids.
+        progress: Is told what is being done, and the share done in [0, 1] or None.
+    """
+
+    dense: ModelHandle
+    compressed: ModelHandle
+    task: Task
+    inputs: Any
+    targets: Any
+    ids: Tensor
+    seed: int = 0
+    budget: Budget = field(default_factory=Budget)
+    references: Mapping[str, Sequence[ModelHandle]] = field(default_factory=dict)
+    members: Examples | None = None
+    nonmembers: Examples | None = None
+    ood: Any = None
+    margins: Mapping[str, float] = field(default_factory=lambda: MARGINS)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    gather: Callable[[Tensor], Tensor] = _alone
+    progress: Callable[[str, float | None], None] = lambda message, share: None
+    _cache: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """Every module that the guard has to watch."""
+        handles = [self.dense, self.compressed, *(handle for group in self.references.values() for handle in group)]
+        return tuple({id(m): m for handle in handles for m in handle.modules}.values())
+
+    def logits(self, which: str | ModelHandle) -> Tensor:
+        """Answers of a model to all inputs, computed once: `"dense"`, `"compressed"`, or a handle."""
+        handle = getattr(self, which) if isinstance(which, str) else which
+        if id(handle) not in self._cache:
+            self._cache[id(handle)] = (handle, handle.predict(self.inputs))  # the handle too: ids of dead ones return
+        logits: Tensor = self._cache[id(handle)][1]
+        return logits
+
+    def gradients(self, which: str = "compressed") -> GradientTrust:
+        """Whether gradients of a model mean anything, probed once on a few examples."""
+        key = ("gradients", which)
+        if key not in self._cache:
+            few = self.limited(32)
+            handle: ModelHandle = getattr(self, which)
+            self._cache[key] = gradient_probe(handle, few.inputs, few.targets, self.task, seed=self.seed)
+        trust: GradientTrust = self._cache[key]
+        return trust
+
+    def margin(self, family: str, name: str) -> float | None:
+        """How much worse is acceptable; None if nobody said."""
+        return self.margins.get(f"{family}.{name}")
+
+    def compare(self, name: str, family: str, dense: Tensor, compressed: Tensor, **fields: Any) -> Metric:
+        """`comparing.compare` of one value an example, over all processes, with the margin of this audit."""
+        fields.setdefault("margin", self.margin(family, name))
+        fields.setdefault("truncated", self.budget.truncated)
+        fields.setdefault("single_seed", not self.references.get("compressed"))
+        return compare(name, family, self.gather(dense), self.gather(compressed), seed=self.seed, **fields)
+
+    def limited(self, examples: int) -> AuditContext:
+        """The same audit on fewer examples: those whose ids come first in an order that only the seed decides."""
+        if examples >= len(self):
+            return self
+        order = sorted(range(len(self)), key=lambda i: _mixed(self.seed, int(self.ids[i])))
+        kept = torch.tensor(sorted(order[:examples]))
+        own = Examples(self.inputs, self.targets, self.ids)[kept]
+        smaller = replace(self, inputs=own.inputs, targets=own.targets, ids=own.ids, _cache={})
+        for key, value in self._cache.items():
+            if isinstance(key, int):
+                smaller._cache[key] = (value[0], value[1][kept.to(value[1].device)])
+        return smaller
+
+
+def _mixed(seed: int, number: int) -> int:
+    """A number that looks random and depends on both (splitmix64)."""
+    mask = (1 << 64) - 1
+    x = (number + 0x9E3779B97F4A7C15 * (seed + 1)) & mask
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
+    return x ^ (x >> 31)
+
+
+class Audit(Protocol):
+    """Something that looks at two models and reports.
+
+    Attributes:
+        name: Of the audit.
+        family: Section of the scorecard.
+        tier: 0: seconds, no gradients. 1: under a minute. 2: minutes, or needs more models.
+    """
+
+    name: str
+    family: str
+    tier: int
+
+    def run(self, context: AuditContext) -> AuditResult:
+        """Look at the models, inside of the guard."""
