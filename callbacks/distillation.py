@@ -146,10 +146,7 @@ class Distillation(CompressionCallback):
     def check(self, run: Coordinator) -> None:
         """See `CompressionCallback.check`."""
         run.adapter.require("distillation", self.name)
-        if self.is_initial or self.is_average:
-            run.adapter.require("distillation from teacher='initial'", self.name)
-        elif self.needs_unedited_copy():
-            teaching.check_paths(run, self.name, self.teacher)
+        self._check_source(run)
         if self.placement == "shard" and run.adapter.kind != "fsdp2":
             raise CompressionError(
                 f"{self.name}: placement='shard' spreads the teacher over the mesh of ModelParallelStrategy, and this "
@@ -168,11 +165,22 @@ class Distillation(CompressionCallback):
                 "attention without gradients"
             )
 
+    def _check_source(self, run: Coordinator) -> None:
+        """Refuse at setup a teacher that cannot be had."""
+        if self.is_initial or self.is_average:
+            run.adapter.require("distillation from teacher='initial'", self.name)
+        elif self.needs_unedited_copy():
+            teaching.check_paths(run, self.name, self.teacher)
+
+    def _build(self, run: Coordinator, student_name: str) -> nn.Module:
+        """Make the module that teaches."""
+        return teaching.build(run, self.name, self.teacher, student_name)
+
     def attach(self, run: Coordinator) -> None:
         """Build the teacher and put the taps on the student, before its first forward pass."""
         student_name, student = find_student_module(run.pl_module, self.student)
         if self._root is None:  # this Trainer may go on with the teacher that it had
-            self._root = teaching.build(run, self.name, self.teacher, student_name)
+            self._root = self._build(run, student_name)
         part = resolve_teacher_module(self._root, student_name, run.pl_module)
         if part is student:
             raise CompressionError(f"{self.name}: the teacher is the student itself; pass a copy (copy.deepcopy)")

@@ -9,6 +9,7 @@ of the teacher by what it loses and what it weighs, without trying each on the s
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -109,12 +110,12 @@ def check_sizes(chain: Sequence[Member]) -> None:
         if shared is not None:
             raise CompressionError(f"{member.name} shares parameters with {shared}; pass a copy (copy.deepcopy)")
         seen.update({id(p): member.name for p in member.module.parameters()})
-    for above, below in zip(chain, chain[1:-1], strict=False):
+    for above, below in itertools.pairwise(chain[:-1]):
         if below.size > above.size:
             sizes = ", ".join(f"{m.name} {m.size:,}" for m in chain)
             raise CompressionError(
-                f"{below.name} is larger than {above.name}, which is to teach it. Parameters: {sizes}. An assistant lies "
-                "between teacher and student; order them from large to small, or leave this one out"
+                f"{below.name} is larger than {above.name}, which is to teach it. Parameters: {sizes}. An assistant "
+                "lies between teacher and student; order them from large to small, or leave this one out"
             )
 
 
@@ -137,8 +138,8 @@ def check_answers(chain: Sequence[Member], outputs: Sequence[Any]) -> None:
     wrong = next((i for i, shape in enumerate(shapes) if shape != shapes[-1]), None)
     if wrong is not None:
         raise CompressionError(
-            f"{chain[wrong].name} answers with shape {shapes[wrong]} and {chain[-1].name} with {shapes[-1]}: in a chain "
-            "each learns the answers of the one before, so all have the same classes"
+            f"{chain[wrong].name} answers with shape {shapes[wrong]} and {chain[-1].name} with {shapes[-1]}: in a "
+            "chain each learns the answers of the one before, so all have the same classes"
         )
 
 
@@ -237,7 +238,7 @@ def phase_boundaries(begin: int, total: int, assistants: int, student_share: flo
         begin: Step at which the first assistant begins.
         total: Steps of the run.
         assistants: How many, at least 1.
-        student_share: Share of the steps from `begin` on in which the student learns from the last assistant, in (0, 1).
+        student_share: Share of the steps from `begin` on that are the student's own, in (0, 1).
 
     Returns:
         The first step of each phase after the first.

@@ -55,8 +55,8 @@ def find_checkpoints(checkpoints: str | os.PathLike[str] | Sequence[str | os.Pat
     if len(paths) < 2:
         raise CompressionError(
             f"A route has two or more checkpoints, and {checkpoints!r} gives {len(paths)}: with one there is nothing "
-            "to follow. Record them in the teacher's own fit (SaveRoute, or ModelCheckpoint with save_top_k=-1); for one "
-            "teacher use Distillation."
+            "to follow. Record them in the teacher's own fit (SaveRoute, or ModelCheckpoint with save_top_k=-1); for "
+            "one teacher use Distillation."
         )
     missing = [path for path in paths if not os.path.exists(path)]
     if missing:
