@@ -42,6 +42,19 @@ _LATER = Verdict("later", "it is not supported yet. Use strategy='ddp' or ModelP
 _MIDFIT = Verdict("refused, three ways out", _FIXED_SHAPES)
 _INITIAL = Verdict("refused", "a dense copy of a sharded model cannot be kept. Pass a checkpoint path or a module")
 
+_GREEDY = Verdict(
+    "refused, equal anchors",
+    "the student is asked between two steps, when each process holds only a part of its weights. Give a number of "
+    "anchors, or their steps, instead of anchors='greedy'",
+)
+_CHAIN = Verdict(
+    "refused, several fits",
+    "it shards the parameters before training, and which of them are trained changes when an assistant hands over. "
+    "Train the chain in several fits, which works under every strategy: distill_chain(teacher, [make_assistant, "
+    "make_student], make_trainer, data), or one Distillation after the other, each with the result of the one before "
+    "as teacher",
+)
+
 _AFTERWARDS = Verdict(
     "refused, afterwards",
     "each process holds only a part of the weights. Load the checkpoint after the fit and call "
@@ -66,6 +79,10 @@ CAPABILITIES: dict[str, dict[Kind, Verdict]] = {
     "low rank, masked": {
         "single": _YES, "ddp": _YES, "fsdp2": _YES, "fsdp1": _YES, "deepspeed": Verdict("refused", _DEEPSPEED),
     },
+    "channels and ranks together, mid-fit": {
+        "single": _YES, "ddp": Verdict("yes, re-wrapped"), "fsdp2": _MIDFIT, "fsdp1": _MIDFIT,
+        "deepspeed": Verdict("refused", _DEEPSPEED),
+    },
     "quantization-aware training": {
         "single": _YES, "ddp": _YES, "fsdp2": _YES, "fsdp1": _LATER, "deepspeed": _LATER,
     },
@@ -75,6 +92,13 @@ CAPABILITIES: dict[str, dict[Kind, Verdict]] = {
     "distillation": {"single": _YES, "ddp": _YES, "fsdp2": _YES, "fsdp1": _YES, "deepspeed": _LATER},
     "distillation from teacher='initial'": {
         "single": _YES, "ddp": _YES, "fsdp2": _INITIAL, "fsdp1": _INITIAL, "deepspeed": _LATER,
+    },
+    "teacher's route": {"single": _YES, "ddp": _YES, "fsdp2": _YES, "fsdp1": _YES, "deepspeed": _LATER},
+    "teacher's route, greedy": {
+        "single": _YES, "ddp": _YES, "fsdp2": _GREEDY, "fsdp1": _GREEDY, "deepspeed": _LATER,
+    },
+    "assistants inside one fit": {
+        "single": _YES, "ddp": Verdict("yes, re-wrapped"), "fsdp2": _CHAIN, "fsdp1": _CHAIN, "deepspeed": _CHAIN,
     },
     "exact resume": {"single": _YES, "ddp": _YES, "fsdp2": _YES, "fsdp1": _YES, "deepspeed": Verdict("not run")},
 }  # fmt: skip

@@ -165,7 +165,7 @@ class Companion(nn.Module):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
-        self.register_load_state_dict_pre_hook(_own_values)
+        self.register_load_state_dict_pre_hook(_own_values)  # type: ignore[no-untyped-call]
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """Nothing; see `state_of` for what it holds."""
