@@ -9,9 +9,12 @@ if __name__ != "lightning_compress.callbacks":
 from lightning_compress.callbacks.base import CompressionCallback as CompressionCallback
 from lightning_compress.callbacks.channel_pruning import ChannelPruning as ChannelPruning
 from lightning_compress.callbacks.distillation import Distillation as Distillation
+from lightning_compress.callbacks.joint import JointCompression as JointCompression
 from lightning_compress.callbacks.low_rank import LowRank as LowRank
 from lightning_compress.callbacks.monitor import CompressionMonitor as CompressionMonitor
 from lightning_compress.callbacks.post_training import PostTrainingQuantization as PostTrainingQuantization
 from lightning_compress.callbacks.pruning import Pruning as Pruning
 from lightning_compress.callbacks.quantization import QuantizationAwareTraining as QuantizationAwareTraining
 from lightning_compress.callbacks.resume import ExactResume as ExactResume
+from lightning_compress.callbacks.routes import RouteDistillation as RouteDistillation
+from lightning_compress.callbacks.routes import SaveRoute as SaveRoute

@@ -53,13 +53,13 @@ def example_call(run: Coordinator, example_inputs: Any, targets: Sequence[str], 
 
 def record_step(run: Coordinator, targets: Sequence[str]) -> ExampleCall:
     """The call that the user's training step makes for the current batch, with all of its samples."""
-    return record_call(run.pl_module, lambda: run_step(run), targets, _muted(run.pl_module)).call
+    return record_call(run.pl_module, lambda: run_step(run), targets, muted(run.pl_module)).call
 
 
 @contextmanager
 def rehearsal(run: Coordinator) -> Iterator[None]:
     """Run steps in evaluation mode, without gradients, logging or any other trace on the module."""
-    with _muted(run.pl_module), isolated_rng(), as_found(run.pl_module):
+    with muted(run.pl_module), isolated_rng(), as_found(run.pl_module):
         yield
 
 
@@ -73,7 +73,9 @@ def run_step(run: Coordinator) -> Any:
 
 
 @contextmanager
-def _muted(module: LightningModule) -> Iterator[None]:
+def muted(module: LightningModule) -> Iterator[None]:
+    """Let the module log nothing inside the block."""
+    """Let the module's `log` do nothing."""
     before = {name: module.__dict__.get(name) for name in ("log", "log_dict")}
     module.__dict__.update(log=_ignore, log_dict=_ignore)
     try:
@@ -90,19 +92,20 @@ def _ignore(*args: Any, **kwargs: Any) -> None:
     """Stands in for `LightningModule.log`."""
 
 
-def training_batches(run: Coordinator, samples: int) -> Iterator[Any]:
+def training_batches(run: Coordinator, samples: int, size: int | None = None) -> Iterator[Any]:
     """Batches of their own from the training data, on the device, the same samples for any number of processes.
 
     Args:
         run: The coordinator.
         samples: How many; where the loader has no dataset, the current batch is all there is.
+        size: Samples in a batch; default: as the loader has them, hence fewer in each of several processes.
     """
     loader = run.trainer.train_dataloader
     dataset = getattr(loader, "dataset", None)
     if dataset is None:
         yield run.batch
         return
-    size = getattr(loader, "batch_size", None) or _BATCH
+    size = size or getattr(loader, "batch_size", None) or _BATCH
     batches, _ = calibration_batches(dataset, size, samples, 0, getattr(loader, "collate_fn", None))
     for batch in batches:
         converted = run.trainer.precision_plugin.convert_input(batch)

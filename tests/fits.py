@@ -16,7 +16,14 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
 import lightning_compress as lc
 from lightning_compress import manifest
-from lightning_compress.callbacks import ChannelPruning, Distillation, LowRank, Pruning, QuantizationAwareTraining
+from lightning_compress.callbacks import (
+    ChannelPruning,
+    Distillation,
+    JointCompression,
+    LowRank,
+    Pruning,
+    QuantizationAwareTraining,
+)
 from lightning_compress.callbacks.base import CompressionCallback
 from lightning_compress.callbacks.strategies import StrategyAdapter
 from lightning_compress.callbacks.testing import CPUFSDPStrategy, TinyNet, rank, tiny_loader, weight_norm
@@ -152,6 +159,11 @@ TECHNIQUES: dict[str, Callable[[], list[CompressionCallback]]] = {
         LowRank("ratio", schedule=lc.Schedule(begin=5), whiten=True, calibration_samples=48)
     ],
     "low rank, masks": lambda: [LowRank("ratio", schedule=lc.Schedule(begin=5)), Pruning(0.8, schedule=MASKS)],
+    "joint": lambda: [
+        JointCompression(
+            keep_macs=0.28, schedule=lc.Schedule(begin=5), calibration_samples=48, multiple_of=4, min_channels=10
+        )
+    ],
     "distillation": lambda: [Distillation(teacher(), losses=[lc.KD(temperature=2.0)])],
     "scheduled": lambda: [
         Distillation(

@@ -26,6 +26,7 @@ from lightning_compress.callbacks import (
     ChannelPruning,
     Distillation,
     ExactResume,
+    JointCompression,
     LowRank,
     Pruning,
     QuantizationAwareTraining,
@@ -146,11 +147,22 @@ TECHNIQUES: dict[str, Make] = {
         QuantizationAwareTraining("w2a2_lsq", **QAT), ChannelPruning(keep_macs=0.5, schedule=CUTS),
         EMAWeightAveraging(decay=0.9),
     ],
+    "joint budget, averaged": lambda folder: [
+        JointCompression(keep_macs=0.28, schedule=RANKS, calibration_samples=48, multiple_of=4, min_channels=10),
+        EMAWeightAveraging(decay=0.9),
+    ],
     "everything": _everything,
     "everything, averaged": lambda folder: [*_everything(folder), EMAWeightAveraging(decay=0.9)],
 }  # fmt: skip
-CUTTING = {"lsq, channels, averaged", "channels", "channels at setup", "everything", "everything, averaged"}
-FACTORING = {name for name in TECHNIQUES if name.startswith("low rank")}
+CUTTING = {
+    "joint budget, averaged",
+    "lsq, channels, averaged",
+    "channels",
+    "channels at setup",
+    "everything",
+    "everything, averaged",
+}
+FACTORING = {name for name in TECHNIQUES if name.startswith(("low rank", "joint"))}
 QUANTIZING = {"int8", "lsq", "percentile", "lsq, channels, averaged"}
 MASKING = {"masks", "masks by percent", "soft masks", "2:4", "everything", "everything, averaged", "low rank, masks"}
 

@@ -63,7 +63,13 @@ def test_one_process_equals_two(case: Case) -> None:
         torch.testing.assert_close(two["weights"], one["weights"], rtol=1e-9, atol=1e-12)
 
 
-COUNTS = [("everything", 2, 3), ("masks", 0, 3), ("two_channel_events", 2, 0), ("low_rank_automatic", 1, 0)]
+COUNTS = [
+    ("everything", 2, 3),
+    ("masks", 0, 3),
+    ("two_channel_events", 2, 0),
+    ("low_rank_automatic", 1, 0),
+    ("joint", 2, 0),
+]
 
 
 @pytest.mark.parametrize(("name", "edits", "masks"), COUNTS)
@@ -75,7 +81,9 @@ def test_something_happened(name: str, edits: int, masks: int) -> None:
     assert result["losses"][-1] != plain["losses"][-1]
 
 
-@pytest.mark.parametrize("name", ["fsdp2_refuses_channels", "fsdp1_refuses_channels", "fsdp2_refuses_low_rank"])
+@pytest.mark.parametrize(
+    "name", ["fsdp2_refuses_channels", "fsdp1_refuses_channels", "fsdp2_refuses_low_rank", "fsdp2_refuses_joint"]
+)
 def test_sharded_strategies_refuse_structure_in_mid_fit(name: str) -> None:
     for result in ranks(case_of(name)):
         assert "Three ways out" in result["error"]

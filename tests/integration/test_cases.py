@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 import lightning_compress as lc
 from lightning_compress import manifest
-from lightning_compress.callbacks import ChannelPruning, Distillation, Pruning
+from lightning_compress.callbacks import ChannelPruning, Distillation, JointCompression, Pruning
 from lightning_compress.callbacks.base import CompressionCallback
 from lightning_compress.callbacks.testing import TinyNet, tiny_loader
 from lightning_compress.low_rank.modules import ChannelConv
@@ -56,10 +56,11 @@ TECHNIQUES: dict[str, Make] = {
     "low rank, distillation": lambda folder: [*fits.TECHNIQUES["low rank"](), Distillation("initial")],
     "low rank, channels": lambda folder: [*fits.TECHNIQUES["low rank"](), *fits.TECHNIQUES["channels"]()],
     "low rank, int8": lambda folder: [*fits.TECHNIQUES["low rank at setup"](), *fits.TECHNIQUES["int8"]()],
+    "joint budget": lambda folder: fits.TECHNIQUES["joint"](),
     "everything": lambda folder: fits.TECHNIQUES["all"](),
 }
-CUTTING = {name for name in TECHNIQUES if "channels" in name or name == "everything"}
-FACTORING = {name for name in TECHNIQUES if "low rank" in name}
+CUTTING = {name for name in TECHNIQUES if "channels" in name or name in ("everything", "joint budget")}
+FACTORING = {name for name in TECHNIQUES if "low rank" in name or name == "joint budget"}
 QUANTIZING = {name for name in TECHNIQUES if "int8" in name or "learned steps" in name}
 MASKING = {name for name in TECHNIQUES if "masks" in name or name == "everything"}
 
@@ -142,8 +143,10 @@ def test_two_optimizers(technique: str, ours: list[CompressionCallback]) -> None
     if technique in CUTTING:
         for callback in ours:
             callback.__dict__.setdefault("example_inputs", X)
-            if isinstance(callback, ChannelPruning):
+            if isinstance(callback, ChannelPruning | JointCompression):
                 callback.example_inputs = X  # a manually optimized step cannot be rehearsed
+            if isinstance(callback, JointCompression):
+                callback.criterion = "energy"
     _, module = train(ours, TwoOptimizers())
     check(technique, module)
 
