@@ -56,8 +56,8 @@ class Task:
         if isinstance(batch, tuple | list) and len(batch) >= 2:
             return (batch[0] if len(batch) == 2 else tuple(batch[:-1])), batch[-1]
         raise CompressionError(
-            f"a batch is a {type(batch).__name__} without targets; an audit needs (inputs, targets). Pass `prepare=`, a "
-            "function of a batch that returns both"
+            f"a batch is a {type(batch).__name__} without targets; an audit needs (inputs, targets). Pass `prepare=`, "
+            "a function of a batch that returns both"
         )
 
     def check(self, logits: Tensor, targets: Tensor) -> None:
@@ -84,9 +84,16 @@ class Task:
         """How far the second model's answer is from the first's, at least 0."""
         raise NotImplementedError
 
-    def groups(self, targets: Tensor) -> Tensor | None:
-        """The class of each example, for numbers per class; None if there are none."""
-        return None
+    def by_class(self, logits: Tensor, targets: Tensor) -> Tensor | None:
+        """Share of right decisions per class, (N, C); NaN where an example has none. None without classes."""
+        flat = self.flat(logits, targets)
+        if flat is None:
+            return None
+        right = (flat.probabilities.argmax(1) == flat.labels).double()
+        cell = flat.example * flat.probabilities.shape[1] + flat.labels
+        zeros = torch.zeros(len(targets) * flat.probabilities.shape[1], dtype=torch.double, device=cell.device)
+        count = zeros.index_add(0, cell, torch.ones_like(right))
+        return (zeros.index_add(0, cell, right) / count).view(len(targets), -1)
 
     def flat(self, logits: Tensor, targets: Tensor) -> Flat | None:
         """All decisions with their probabilities; None if there are no probabilities."""
@@ -126,9 +133,6 @@ class Classification(Task):
 
     def divergence(self, first: Tensor, second: Tensor, targets: Tensor) -> Tensor:
         return _kl(first, second)
-
-    def groups(self, targets: Tensor) -> Tensor | None:
-        return targets
 
     def flat(self, logits: Tensor, targets: Tensor) -> Flat | None:
         return Flat(logits.double().softmax(1), targets, torch.arange(len(targets), device=targets.device))
