@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import lightning as L
@@ -96,6 +96,17 @@ class CompressionCallback(L.Callback):
         Raises:
             CompressionError: If they cannot follow; the edit is then undone.
         """
+        return ()
+
+    def mirrors(self, run: Coordinator) -> Mapping[str, str]:
+        """Which parameter of the model each helper's parameter mirrors, by clean full names.
+
+        An optimizer that was built from the user's own parameters takes it into that one's group.
+        """
+        return {}
+
+    def training_only(self, run: Coordinator) -> Collection[str]:
+        """Children of the module that weights-only files are to leave out."""
         return ()
 
     def before_tuning(self, run: Coordinator) -> None:

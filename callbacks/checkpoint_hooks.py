@@ -98,6 +98,15 @@ class SaveHook(_Hook):
         self.inner(checkpoint)
         masks = self._masks_left(checkpoint) if self.run is None else self.run.packed_masks()
         checkpoint[manifest.KEY] = {**manifest.of(self.module), "masks": masks}
+        if self.run is not None and "optimizer_states" not in checkpoint:
+            self._leave_out(self.run, checkpoint)
+
+    def _leave_out(self, run: Coordinator, checkpoint: dict[str, Any]) -> None:
+        # Nobody trains on from weights alone, and other networks are as large as the model.
+        names = tuple(f"{name}." for t in run.techniques for name in t.training_only(run))
+        state = checkpoint.get("state_dict", {})
+        for key in [key for key in state if names and key.startswith(names)]:
+            del state[key]
 
     def _masks_left(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
         # Weights that were trained on without a callback have grown back, and loading must not zero them again.

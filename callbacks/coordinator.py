@@ -23,7 +23,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import nn
 
 from lightning_compress import manifest, surgery
-from lightning_compress.callbacks import interplay, restoring, transactions
+from lightning_compress.callbacks import groups, interplay, restoring, transactions
 from lightning_compress.callbacks.base import CompressionCallback
 from lightning_compress.callbacks.checkpoint_hooks import MASKS, LoadHook, SaveHook, SetupHook, _Hook
 from lightning_compress.callbacks.clock import Clock
@@ -254,20 +254,7 @@ class Coordinator(Clock):
 
     def on_fit_start(self) -> None:
         """Train helper modules also with an optimizer that was built from the user's own parameters only."""
-        groups = [group for optimizer in self.trainer.optimizers for group in optimizer.param_groups]
-        group_of = {id(parameter): group for group in groups for parameter in group["params"]}
-        for name, parameter in self.pl_module.named_parameters():
-            path = name.split(".")
-            ours = next((i for i, part in enumerate(path) if part.startswith(manifest.AUXILIARY)), None)
-            if ours is None or id(parameter) in group_of or not groups:
-                continue
-            # In place, since a new group would confuse schedulers (pytorch#104361); with the layer that it belongs to.
-            layer = self.pl_module.get_submodule(".".join(path[:ours]))
-            own = (group_of[id(p)] for p in layer.parameters() if id(p) in group_of)
-            group = groups[0] if ours == 0 else next(own, groups[0])
-            group["params"].append(parameter)
-            if "param_names" in group:
-                group["param_names"].append(name)
+        groups.join(self)
 
     def on_train_start(self) -> None:
         """Everything is restored under every strategy: install the masks, resolve the schedules."""

@@ -394,8 +394,11 @@ class StrategyAdapter:
         from torch.distributed.fsdp import fully_shard
 
         for helper in helpers:
-            if not hasattr(helper, "reshard"):
-                fully_shard(helper, mesh=root.device_mesh["data_parallel"])
+            # A helper that only holds modules says which of them are called.
+            units = helper.shard_units() if hasattr(helper, "shard_units") else [helper]  # type: ignore[operator]
+            for unit in units:
+                if not hasattr(unit, "reshard"):
+                    fully_shard(unit, mesh=root.device_mesh["data_parallel"])
 
 
 class _Gathering(dict[str, Tensor]):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -107,4 +107,6 @@ def _follow_up(
 
 
 def _children(run: Coordinator, name: str) -> list[nn.Parameter]:
-    return list(run.pl_module._modules[name].parameters())  # type: ignore[union-attr]
+    module: Any = run.pl_module._modules[name]
+    trained = getattr(module, "trained_parameters", module.parameters)  # what the user froze stays frozen
+    return list(trained())

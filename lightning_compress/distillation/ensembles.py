@@ -144,9 +144,9 @@ def naive_target(stacked: Tensor, labels: Tensor) -> Tensor:
 def linear_weights(stacked: Tensor, labels: Tensor) -> Tensor:
     """For each row the weights of the best linear combination (KDCL-Linear).
 
-    ``argmin over a of cross_entropy(sum_i a_i z_i, y)`` with ``a_i >= 0`` and ``sum_i a_i = 1``, a convex problem with M
-    unknowns. It is solved by Newton's method: each step minimises the quadratic model over all weights that are allowed
-    (`simplex_quadratic`) and goes as far as that pays.
+    ``argmin over a of cross_entropy(sum_i a_i z_i, y)`` with ``a_i >= 0`` and ``sum_i a_i = 1``: a convex problem with
+    M unknowns. It is solved by Newton's method: each step minimises the quadratic model over all weights that are
+    allowed (`simplex_quadratic`) and goes as far as that pays.
 
     Args:
         stacked: Logits of M networks, shape ``(M, N, C)``.
@@ -281,7 +281,8 @@ def simplex_quadratic(curvature: Tensor, linear: Tensor) -> Tensor:
     # A trace of curvature where there is none: of equally good weights the most even ones are taken.
     scale = curvature.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30)
     tiny = 1e-12 if curvature.dtype == torch.float64 else 1e-6
-    bent = curvature + torch.eye(networks, dtype=curvature.dtype, device=curvature.device) * (tiny * scale)[:, None, None]
+    even = torch.eye(networks, dtype=curvature.dtype, device=curvature.device)
+    bent = curvature + even * (tiny * scale)[:, None, None]
     best = linear.new_zeros(count, networks)
     least = linear.new_full((count,), float("inf"))
     for size in range(1, networks + 1):
