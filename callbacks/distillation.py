@@ -221,9 +221,12 @@ class Distillation(CompressionCallback):
             )
         return example
 
-    def _pair(self, run: Coordinator, student: nn.Module, teacher: nn.Module) -> None:
+    def _pair(
+        self, run: Coordinator, student: nn.Module, teacher: nn.Module, losses: Sequence[LossTerm] | None = None
+    ) -> None:
         """Pair the layers of terms that leave that to us, and say how."""
-        terms = [term for term in self.losses if isinstance(term, FeatureTerm) and term.layers == "auto"]
+        losses = self.losses if losses is None else losses
+        terms = [term for term in losses if isinstance(term, FeatureTerm) and term.layers == "auto"]
         if terms:
             pairs = pair_layers(student, teacher, self._call(run, student))
             for term in terms:

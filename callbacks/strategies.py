@@ -43,6 +43,11 @@ def is_trusted(trainer: L.Trainer) -> bool:
     return _local_of_run(trainer, "weights_only", None) is False
 
 
+def train_source(trainer: L.Trainer) -> Any:
+    """What `fit` was given to train on: a loader, a datamodule, or the module; known from ``setup`` on."""
+    return trainer.fit_loop._data_source.instance
+
+
 def _local_of_run(trainer: L.Trainer, name: str, default: Any) -> Any:
     code, frame = type(trainer)._run.__code__, sys._getframe()
     while frame is not None:

@@ -65,6 +65,21 @@ def switch_terms(run: Coordinator, step: int) -> None:
 
 
 @contextmanager
+def phase_change(run: Coordinator) -> Iterator[surgery.Journal]:
+    """Change which parameters train, between two steps: what the block notes in the journal is undone if it raises.
+
+    Gradients are gone before it, and DDP is told of the new set after it.
+
+    Args:
+        run: The coordinator.
+    """
+    journal = surgery.Journal()
+    with _open(run, [], journal, rewrap=True):
+        yield journal
+        run.adapter.rewrap()
+
+
+@contextmanager
 def _open(
     run: Coordinator, edits: Sequence[surgery.Edit], journal: surgery.Journal, rewrap: bool
 ) -> Iterator[surgery.Transaction]:

@@ -29,7 +29,7 @@ from torch import nn
 
 from lightning_compress.callbacks.capabilities import _KIND_OF_CLASS, kind_of
 from lightning_compress.callbacks.checkpoint_hooks import ConfigureHook, SaveHook
-from lightning_compress.callbacks.strategies import requested_checkpoint, uses_spawn
+from lightning_compress.callbacks.strategies import requested_checkpoint, train_source, uses_spawn
 from lightning_compress.callbacks.testing import TinyNet, free_port, tiny_loader
 
 
@@ -42,6 +42,18 @@ def trainer(**settings: Any) -> L.Trainer:
 
 
 # -- callbacks/strategies.py
+
+
+def test_what_a_fit_trains_on_is_known_in_setup():
+    found: list[Any] = []
+
+    class Asks(L.Callback):
+        def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+            found.append(train_source(trainer))
+
+    loader = tiny_loader()
+    trainer(callbacks=[Asks()], max_steps=1).fit(TinyNet(), loader)
+    needs(found == [loader], "trainer.fit_loop._data_source.instance is not what was given", "train_source")
 
 
 @pytest.mark.parametrize("name", _KIND_OF_CLASS)
