@@ -8,6 +8,7 @@ if __name__ != "lightning_compress.callbacks":
 
 from lightning_compress.callbacks.base import CompressionCallback as CompressionCallback
 from lightning_compress.callbacks.channel_pruning import ChannelPruning as ChannelPruning
+from lightning_compress.callbacks.compact import CompactConversion as CompactConversion
 from lightning_compress.callbacks.distillation import Distillation as Distillation
 from lightning_compress.callbacks.joint import JointCompression as JointCompression
 from lightning_compress.callbacks.low_rank import LowRank as LowRank

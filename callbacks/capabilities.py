@@ -34,6 +34,12 @@ _FIXED_RANKS = Verdict(
     "ranks inside "
     "fixed shapes (mode='masked'), switch at the start (schedule='setup'), or train with strategy='ddp'",
 )
+_FIXED_LAYERS = Verdict(
+    "refused, three ways out",
+    "it shards the parameters before training, so that layers are fixed during `fit`. Three ways out: convert at the "
+    "start (schedule='setup'), convert before the fit with lightning_compress.convert(model, ...), or train with "
+    "strategy='ddp'",
+)
 _DEEPSPEED = (
     "it keeps fp32 master copies and accumulation of its own, which would overwrite every change. Use strategy='ddp', "
     "or ModelParallelStrategy for sharding"
@@ -81,6 +87,10 @@ CAPABILITIES: dict[str, dict[Kind, Verdict]] = {
     },
     "channels and ranks together, mid-fit": {
         "single": _YES, "ddp": Verdict("yes, re-wrapped"), "fsdp2": _MIDFIT, "fsdp1": _MIDFIT,
+        "deepspeed": Verdict("refused", _DEEPSPEED),
+    },
+    "compact blocks, mid-fit": {
+        "single": _YES, "ddp": Verdict("yes, re-wrapped"), "fsdp2": _FIXED_LAYERS, "fsdp1": _FIXED_LAYERS,
         "deepspeed": Verdict("refused", _DEEPSPEED),
     },
     "quantization-aware training": {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -35,3 +36,30 @@ class EventRecord:
     def to_dict(self) -> dict[str, Any]:
         """Plain data for logs and files."""
         return asdict(self)
+
+
+def kept_because(kept: Mapping[str, str], most: int = 4) -> list[str]:
+    """One line for each reason, with the layers that stay dense because of it.
+
+    Args:
+        kept: Reasons by layer.
+        most: How many layers of a reason are named.
+
+    Example:
+        >>> kept_because({"a": "it is small", "b": "it is small"})
+        ['kept a, b dense: it is small']
+    """
+    by_reason: dict[str, list[str]] = {}
+    for layer, reason in kept.items():
+        by_reason.setdefault(reason, []).append(layer)
+    return [
+        f"kept {', '.join(names[:most])}{' ...' if len(names) > most else ''} dense: {reason}"
+        for reason, names in by_reason.items()
+    ]
+
+
+def restarts(notes: Sequence[str]) -> list[str]:
+    """One line for all optimizer state that restarts, before the other remarks."""
+    found = [note for note in notes if "restarts" in note]
+    first = [f"{found[0]} (and {len(found) - 1} more)"] if len(found) > 1 else found
+    return [*first, *(note for note in notes if note not in found)]

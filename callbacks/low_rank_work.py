@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_compress import manifest
 from lightning_compress.callbacks import examples, interplay
-from lightning_compress.callbacks.events import EventRecord
+from lightning_compress.callbacks.events import EventRecord, kept_because, restarts
 from lightning_compress.callbacks.low_rank_inputs import covariances
 from lightning_compress.callbacks.pruning import Pruning
 from lightning_compress.cost import count_parameters
@@ -58,7 +58,7 @@ class Work:
                     transaction = run.edit(owner.name, [{**replace_edit(plan.layers), "by": owner.name}])
             if reason is not None:
                 run.decisions.record(step, f"{owner.name}/switch", reason)
-            notes += _kept(plan.kept) + ([] if transaction is None else _restarts(transaction.notes))
+            notes += kept_because(plan.kept) + ([] if transaction is None else restarts(transaction.notes))
             notes += self._reset_monitors(first) if plan.chosen else []
             record = self._record(step, plan, notes, seconds())
         run.emit(record)
@@ -168,7 +168,7 @@ class Work:
         if plan.chosen:
             with given(self.root, plan.factors, owner.optimizer_state):
                 run.edit(owner.name, [{**replace_edit(plan.layers), "by": owner.name}])
-        for line in _kept(plan.kept):
+        for line in kept_because(plan.kept):
             rank_zero_info(f"{owner.name}: {line}")
 
     def _full(self, units: Sequence[Unit], kept: Mapping[str, str]) -> Plan:
@@ -217,7 +217,7 @@ class Work:
             run.decisions.record(step, f"{owner.name}/switch", reason)
             others = [e for e in manifest.edits_of(self.root) if e.get("by") != owner.name]
             first = not any(manifest.changes_outputs(e) for e in others) and not len(run.masking)
-            notes += _kept(plan.kept) + (self._reset_monitors(first) if chosen else [])
+            notes += kept_because(plan.kept) + (self._reset_monitors(first) if chosen else [])
             record = self._record(step, plan, notes, seconds())
         run.emit(record)
 
@@ -352,18 +352,3 @@ def _ranks_of(unit: Unit, prefix: str, module: nn.Module) -> Ranks:
 
 def _names_of(unit: Unit) -> set[str]:
     return {f"{unit.layer}.{name}" for name in (unit.part, "weight", "in_proj_weight", "out_proj.weight")}
-
-
-def _kept(kept: Mapping[str, str]) -> list[str]:
-    """One line for each reason, with the layers that stay dense because of it."""
-    by_reason: dict[str, list[str]] = {}
-    for layer, reason in kept.items():
-        by_reason.setdefault(reason, []).append(layer)
-    return [f"kept {', '.join(n[:4])}{' ...' if len(n) > 4 else ''} dense: {why}" for why, n in by_reason.items()]
-
-
-def _restarts(notes: Sequence[str]) -> list[str]:
-    """One line for all optimizer state that restarts."""
-    restarts = [note for note in notes if "restarts" in note]
-    first = [f"{restarts[0]} (and {len(restarts) - 1} more)"] if len(restarts) > 1 else restarts
-    return [*first, *(note for note in notes if note not in restarts)]

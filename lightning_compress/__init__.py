@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from lightning_compress.compact.conversion import convert as convert
 from lightning_compress.cost import Cost as Cost
 from lightning_compress.decisions import Decisions as Decisions
 from lightning_compress.distillation.attribution import AttributionMatching as AttributionMatching

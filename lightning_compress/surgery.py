@@ -32,6 +32,7 @@ ApplyEdit = Callable[[nn.Module, Edit, "Journal"], "list[Swap]"]
 # Reading a manifest in a fresh process must find the code behind an edit: the prefix of its kind names the technique.
 _TECHNIQUES = {
     "channels": "lightning_compress.pruning.channels",
+    "compact": "lightning_compress.compact.replacement",
     "low_rank": "lightning_compress.low_rank.compaction",
     "quantization": "lightning_compress.quantization.attachment",
 }
