@@ -18,6 +18,7 @@ import lightning_compress as lc
 from lightning_compress import manifest
 from lightning_compress.callbacks import (
     ChannelPruning,
+    CompactConversion,
     Distillation,
     JointCompression,
     LowRank,
@@ -163,6 +164,20 @@ TECHNIQUES: dict[str, Callable[[], list[CompressionCallback]]] = {
         JointCompression(
             keep_macs=0.28, schedule=lc.Schedule(begin=5), calibration_samples=48, multiple_of=4, min_channels=10
         )
+    ],
+    "compact": lambda: [CompactConversion("depthwise_separable", schedule=lc.Schedule(begin=5), fit_steps=0)],
+    "compact, fitted": lambda: [
+        CompactConversion("fire", schedule=lc.Schedule(begin=5), fit_steps=4, calibration_samples=48)
+    ],
+    "compact at setup": lambda: [CompactConversion("depthwise_separable", schedule="setup")],
+    "compact at setup, fresh": lambda: [CompactConversion("shuffle", schedule="setup", init="fresh")],
+    "compact, distillation": lambda: [
+        CompactConversion("inverted_residual", width=1.5, schedule=lc.Schedule(begin=5), fit_steps=4),
+        Distillation(teacher()),
+    ],
+    "compact, masks": lambda: [
+        CompactConversion("depthwise_separable", schedule=lc.Schedule(begin=5), fit_steps=0),
+        Pruning(0.8, schedule=MASKS),
     ],
     "distillation": lambda: [Distillation(teacher(), losses=[lc.KD(temperature=2.0)])],
     "scheduled": lambda: [

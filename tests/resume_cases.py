@@ -23,7 +23,7 @@ NAMES = {
     "control": "none", "soft": "soft masks", "channels": "channels", "initial": "teacher, initial",
     "average": "teacher, average", "phases": "hint, then kd",
     "projector": "projector", "everything": "everything", "averaged": "everything, averaged",
-    "low_rank": "low rank, automatic", "low_rank_masked": "low rank, masked",
+    "low_rank": "low rank, automatic", "low_rank_masked": "low rank, masked", "compact": "compact",
 }  # fmt: skip
 STOPS = ("step=1", "step=5", "epoch=0")
 _ENVIRONMENT = dict(os.environ)

@@ -24,6 +24,7 @@ import lightning_compress as lc
 from lightning_compress import manifest
 from lightning_compress.callbacks import (
     ChannelPruning,
+    CompactConversion,
     Distillation,
     ExactResume,
     JointCompression,
@@ -129,6 +130,18 @@ TECHNIQUES: dict[str, Make] = {
     "low rank, masked": lambda folder: [LowRank("ratio", schedule=RANKS, mode="masked", frobenius_decay=0.01)],
     "low rank, averaged": lambda folder: [LowRank("ratio", schedule=RANKS), EMAWeightAveraging(decay=0.9)],
     "low rank, masks": lambda folder: [LowRank("ratio", schedule=RANKS), Pruning(0.8, schedule=MASKS)],
+    "compact": lambda folder: [CompactConversion("fire", schedule=RANKS, fit_steps=3, calibration_samples=32)],
+    "compact, averaged": lambda folder: [
+        CompactConversion("inverted_residual", width=1.5, schedule=RANKS, fit_steps=3, norm=True),
+        EMAWeightAveraging(decay=0.9),
+    ],
+    "compact at setup": lambda folder: [CompactConversion("depthwise_separable", schedule="setup")],
+    "compact, masks": lambda folder: [
+        CompactConversion("shuffle", schedule=RANKS, fit_steps=3), Pruning(0.8, schedule=MASKS),
+    ],
+    "compact, distillation": lambda folder: [
+        CompactConversion("depthwise_separable", schedule=RANKS, fit_steps=3), Distillation("initial"),
+    ],
     "teacher, module": lambda folder: [Distillation(fits.teacher())],
     "teacher, path": lambda folder: [Distillation(saved_teacher(folder))],
     "teacher, initial": lambda folder: [Distillation("initial")],
@@ -163,8 +176,12 @@ CUTTING = {
     "everything, averaged",
 }
 FACTORING = {name for name in TECHNIQUES if name.startswith(("low rank", "joint"))}
+CONVERTING = {name for name in TECHNIQUES if name.startswith("compact")}
 QUANTIZING = {"int8", "lsq", "percentile", "lsq, channels, averaged"}
-MASKING = {"masks", "masks by percent", "soft masks", "2:4", "everything", "everything, averaged", "low rank, masks"}
+MASKING = {
+    "masks", "masks by percent", "soft masks", "2:4", "everything", "everything, averaged", "low rank, masks",
+    "compact, masks",
+}  # fmt: skip
 
 
 class Stop(L.Callback):

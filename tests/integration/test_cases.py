@@ -14,9 +14,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 import lightning_compress as lc
 from lightning_compress import manifest
-from lightning_compress.callbacks import ChannelPruning, Distillation, JointCompression, Pruning
+from lightning_compress.callbacks import ChannelPruning, CompactConversion, Distillation, JointCompression, Pruning
 from lightning_compress.callbacks.base import CompressionCallback
-from lightning_compress.callbacks.testing import TinyNet, tiny_loader
+from lightning_compress.callbacks.testing import TinyNet, tiny_data, tiny_loader
+from lightning_compress.compact.blocks import CompactBlock
 from lightning_compress.low_rank.modules import ChannelConv
 
 X = torch.zeros(2, 1, 8, 8)
@@ -57,10 +58,18 @@ TECHNIQUES: dict[str, Make] = {
     "low rank, channels": lambda folder: [*fits.TECHNIQUES["low rank"](), *fits.TECHNIQUES["channels"]()],
     "low rank, int8": lambda folder: [*fits.TECHNIQUES["low rank at setup"](), *fits.TECHNIQUES["int8"]()],
     "joint budget": lambda folder: fits.TECHNIQUES["joint"](),
+    "compact": lambda folder: fits.TECHNIQUES["compact"](),
+    "compact, fitted": lambda folder: fits.TECHNIQUES["compact, fitted"](),
+    "compact, at setup": lambda folder: fits.TECHNIQUES["compact at setup"](),
+    "compact, fresh": lambda folder: fits.TECHNIQUES["compact at setup, fresh"](),
+    "compact, distillation": lambda folder: fits.TECHNIQUES["compact, distillation"](),
+    "compact, masks": lambda folder: fits.TECHNIQUES["compact, masks"](),
+    "compact, int8": lambda folder: [*fits.TECHNIQUES["compact at setup"](), *fits.TECHNIQUES["int8"]()],
     "everything": lambda folder: fits.TECHNIQUES["all"](),
 }
 CUTTING = {name for name in TECHNIQUES if "channels" in name or name in ("everything", "joint budget")}
 FACTORING = {name for name in TECHNIQUES if "low rank" in name or name == "joint budget"}
+CONVERTING = {name for name in TECHNIQUES if "compact" in name}
 QUANTIZING = {name for name in TECHNIQUES if "int8" in name or "learned steps" in name}
 MASKING = {name for name in TECHNIQUES if "masks" in name or name == "everything"}
 
@@ -95,6 +104,8 @@ def check(technique: str, module: L.LightningModule) -> None:
     if technique in FACTORING:
         assert type(module.net[3]) is ChannelConv  # type: ignore[index]
         assert module.net[3].ranks <= (8,)  # type: ignore[index, union-attr]
+    if technique in CONVERTING:
+        assert isinstance(module.net[3], CompactBlock)  # type: ignore[index]
     if technique in MASKING:
         weights = [p for n, p in module.named_parameters() if n.endswith("weight")]
         zeros = sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
@@ -102,6 +113,7 @@ def check(technique: str, module: L.LightningModule) -> None:
             "int8, masks, distillation": 0.8,
             "masks": 0.8,
             "low rank, masks": 0.8,
+            "compact, masks": 0.8,
             "soft masks": 0.8,
             "everything": 0.8,
             "N:M masks": 0.45,
@@ -147,6 +159,9 @@ def test_two_optimizers(technique: str, ours: list[CompressionCallback]) -> None
                 callback.example_inputs = X  # a manually optimized step cannot be rehearsed
             if isinstance(callback, JointCompression):
                 callback.criterion = "energy"
+    for callback in ours:
+        if isinstance(callback, CompactConversion):
+            callback.calibration = [tiny_data().tensors[0]]
     _, module = train(ours, TwoOptimizers())
     check(technique, module)
 
@@ -158,7 +173,7 @@ def test_load_from_checkpoint(technique: str, ours: list[CompressionCallback], t
     x = torch.randn(3, 1, 8, 8)
     assert type(loaded) is TinyNet
     assert torch.equal(loaded.eval()(x), module.eval()(x))
-    if technique not in CUTTING | FACTORING | QUANTIZING:
+    if technique not in CUTTING | FACTORING | CONVERTING | QUANTIZING:
         TinyNet.load_from_checkpoint(tmp_path / "last.ckpt")  # strictly, without this package
 
 
@@ -169,7 +184,7 @@ def test_save_weights_only(technique: str, ours: list[CompressionCallback], tmp_
     x = torch.randn(3, 1, 8, 8)
     assert torch.equal(plain.eval()(x), module.eval()(x))
     recorded = torch.load(tmp_path / "small.ckpt", weights_only=True).get("lightning_compress", {})
-    assert bool(recorded.get("edits")) == (technique in CUTTING | FACTORING | QUANTIZING)
+    assert bool(recorded.get("edits")) == (technique in CUTTING | FACTORING | CONVERTING | QUANTIZING)
     assert bool(recorded.get("masks")) == (technique in MASKING)
 
 

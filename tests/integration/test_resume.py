@@ -18,6 +18,7 @@ import resuming
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from resuming import (
+    CONVERTING,
     CUTTING,
     FACTORING,
     MASKING,
@@ -95,7 +96,7 @@ def test_resuming_a_finished_fit_gives_what_it_ended_with(technique: str, straig
     assert not differences(wanted, resumed(technique, folder, FINISHED, tmp_path))
 
 
-@pytest.mark.parametrize("technique", sorted(CUTTING | MASKING | FACTORING))
+@pytest.mark.parametrize("technique", sorted(CUTTING | MASKING | FACTORING | CONVERTING))
 def test_the_straight_run_did_something(technique: str, straight: Any) -> None:
     _, final = straight(technique)
     kinds = [edit["kind"] for edit in final["manifest"]["edits"]]
@@ -103,6 +104,7 @@ def test_the_straight_run_did_something(technique: str, straight: Any) -> None:
         0 if technique not in CUTTING else 1 if "setup" in technique or "joint" in technique else 2
     )
     assert ("low_rank.replace" in kinds) == (technique in FACTORING)
+    assert kinds.count("compact.convert") == (technique in CONVERTING)
     quantized = ["quantization.attach", "quantization.enable"] if technique in QUANTIZING else []
     assert [kind for kind in kinds if kind.startswith("quantization")] == quantized
     assert bool(final["manifest"]["masks"]) == (technique in MASKING)
