@@ -20,6 +20,7 @@ from lightning_compress import manifest
 from lightning_compress.distillation.losses import check_logits, check_temperature, divergence, rows
 from lightning_compress.distillation.teachers import fingerprint_of
 from lightning_compress.errors import CompressionError
+from lightning_compress.reading import read_whole
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def read_route(paths: Sequence[str]) -> list[Anchor]:
     anchors: list[Anchor] = []
     first: tuple[dict[str, Any], Any] | None = None
     for path in paths:
-        checkpoint = manifest.read_checkpoint(path)
+        checkpoint = read_whole(path)
         state = manifest.without_auxiliary(checkpoint["state_dict"])
         shapes = {name: tuple(v.shape) for name, v in state.items() if isinstance(v, Tensor)}
         edits = (checkpoint.get(manifest.KEY) or {}).get("edits", [])
