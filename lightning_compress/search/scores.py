@@ -137,7 +137,7 @@ def _gradients(root: nn.Module, loss: Loss, batch: Any) -> dict[str, Tensor | No
             )
         if not bool(value.isfinite()):
             raise CompressionError(
-                f"the loss of a calibration batch is {float(value)}, which says nothing about what may go; the "
+                f"the loss of a calibration batch is {float(value.detach())}, which says nothing about what may go; the "
                 "training has diverged, lower the learning rate"
             )
         found = torch.autograd.grad(value, every, allow_unused=True)
