@@ -56,7 +56,7 @@ class Oracle:
             x: Raw inputs.
             index: Their places in the whole set, only for callables that ask for rows.
         """
-        with _alone(), torch.no_grad():
+        with outside_of_modes(), torch.no_grad():
             parts = [self._call(piece, where)[: len(piece)] for piece, where in self._pieces(x, index)]
         return torch.cat(parts)
 
@@ -78,7 +78,7 @@ class Oracle:
             CompressionError: If no gradient reaches the input.
         """
         outputs, gradients, begin = [], [], 0
-        with _alone(), torch.enable_grad():
+        with outside_of_modes(), torch.enable_grad():
             for piece, where in self._pieces(x, index):
                 leaf = piece.detach().clone().requires_grad_()
                 z = self._call(leaf, where)[: len(piece)]
@@ -127,8 +127,8 @@ class Oracle:
         return z.float() if z.dtype in (torch.float16, torch.bfloat16) else z
 
 
-def _alone() -> ExitStack:
-    """Neither inference mode nor autocast of whoever calls: both would break or blur gradients without a word."""
+def outside_of_modes() -> ExitStack:
+    """A context without the caller's inference mode and autocast: both break or blur gradients without a word."""
     undo = ExitStack()
     undo.enter_context(torch.inference_mode(False))
     for device in ("cpu", "cuda"):
