@@ -61,6 +61,17 @@ _CHAIN = Verdict(
     "as teacher",
 )
 
+_FLAT = Verdict(
+    "refused",
+    "it keeps parameters in flat pieces that are cut differently for each network, so networks cannot change places. "
+    "Use export='main', or ModelParallelStrategy",
+)
+_ONE_WIDTH = Verdict(
+    "refused",
+    "the probabilities that it learns go when the bits are chosen, and its set of parameters is fixed during `fit`. "
+    "Search with strategy='ddp', or choose bits without training (lightning_compress.quantization.allocation) and give "
+    "them as plan= to QuantizationAwareTraining",
+)
 _AFTERWARDS = Verdict(
     "refused, afterwards",
     "each process holds only a part of the weights. Load the checkpoint after the fit and call "
@@ -109,6 +120,13 @@ CAPABILITIES: dict[str, dict[Kind, Verdict]] = {
     },
     "assistants inside one fit": {
         "single": _YES, "ddp": Verdict("yes, re-wrapped"), "fsdp2": _CHAIN, "fsdp1": _CHAIN, "deepspeed": _CHAIN,
+    },
+    "online distillation": {"single": _YES, "ddp": _YES, "fsdp2": _YES, "fsdp1": _YES, "deepspeed": _LATER},
+    "online distillation, export='best'": {
+        "single": _YES, "ddp": _YES, "fsdp2": _YES, "fsdp1": _FLAT, "deepspeed": _LATER,
+    },
+    "learned bit widths": {
+        "single": _YES, "ddp": Verdict("yes, re-wrapped"), "fsdp2": _ONE_WIDTH, "fsdp1": _ONE_WIDTH, "deepspeed": _LATER,
     },
     "exact resume": {"single": _YES, "ddp": _YES, "fsdp2": _YES, "fsdp1": _YES, "deepspeed": Verdict("not run")},
 }  # fmt: skip

@@ -115,13 +115,13 @@ def build(run: Coordinator, owner: str, teacher: Any, student_name: str) -> nn.M
         return Ensemble([resolve_teacher_module(part, student_name, run.pl_module) for part in parts])
     if isinstance(teacher, Mapping):
         keys = {task: one if isinstance(one, str) else id(one) for task, one in teacher.items()}
-        made = {key: build(run, owner, teacher[task], student_name) for task, key in keys.items()}
-        known = {key: resolve_teacher_module(part, student_name, run.pl_module) for key, part in made.items()}
+        built = {key: build(run, owner, teacher[task], student_name) for task, key in keys.items()}
+        known = {key: resolve_teacher_module(part, student_name, run.pl_module) for key, part in built.items()}
         return Specialists({task: known[key] for task, key in keys.items()})
     if isinstance(teacher, nn.Module):
         return teacher
     if is_factory(teacher):
-        return _made(owner, teacher)
+        return made(owner, teacher)
     if run.unedited is None:
         raise CompressionError(
             f"{owner}: the model was sharded in `configure_model` before a copy of it could be made; call "
@@ -135,7 +135,17 @@ def build(run: Coordinator, owner: str, teacher: Any, student_name: str) -> nn.M
     return module
 
 
-def _made(owner: str, factory: Any) -> nn.Module:
+def made(owner: str, factory: Any, what: str = "teacher") -> nn.Module:
+    """Call a function that makes a network.
+
+    Args:
+        owner: For messages.
+        factory: The function, or its name as ``"package.module:function"``.
+        what: What messages call the network.
+
+    Raises:
+        CompressionError: If there is no such function, or it makes no module.
+    """
     name = factory if isinstance(factory, str) else getattr(factory, "__name__", repr(factory))
     if isinstance(factory, str):
         module, _, function = factory.partition(":")
@@ -143,15 +153,15 @@ def _made(owner: str, factory: Any) -> nn.Module:
             factory = getattr(importlib.import_module(module), function)
         except (ImportError, AttributeError) as error:
             raise CompressionError(
-                f"{owner}: the function {name!r} that makes the teacher is not there: {error}"
+                f"{owner}: the function {name!r} that makes the {what} is not there: {error}"
             ) from error
     with isolated_rng():  # the student draws the same numbers with any teacher
-        made = factory()
-    if not isinstance(made, nn.Module):
+        network = factory()
+    if not isinstance(network, nn.Module):
         raise CompressionError(
-            f"{owner}: {name} is to make the teacher, and returned a {type(made).__name__}, no module"
+            f"{owner}: {name} is to make the {what}, and returned a {type(network).__name__}, no module"
         )
-    return made
+    return network
 
 
 def _fill(owner: str, module: nn.Module, path: Any) -> None:

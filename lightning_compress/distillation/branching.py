@@ -57,7 +57,7 @@ class BranchSource(CompanySource):
         self._step = self._restore = None
 
     @contextmanager
-    def asnetwork_spec(self, number: int) -> Iterator[None]:
+    def as_network(self, number: int) -> Iterator[None]:
         """The user's module has that branch's heads inside the block."""
         branch = self.branches[number - 1]
         own = dict(zip(self.heads, branch, strict=False))
@@ -74,7 +74,7 @@ class BranchSource(CompanySource):
         features = [f for f, call in zip(self.trunk.features, everything, strict=False) if call.teaches]
         answers: dict[TapSpec, list[Any]] = {}
         for number, branch in enumerate(self.branches, 1):
-            with self.asnetwork_spec(number), in_place(self.taps.root, self.trunk.replays()):
+            with self.as_network(number), in_place(self.taps.root, self.trunk.replays()):
                 output, outputs = self._again()
             if self.note_task(output):
                 self.check_calls(number, own, outputs)

@@ -57,6 +57,8 @@ class CompanySource:
         self._tasks: list[Tensor] = []
         self._out_of_sight: ExitStack | None = None
         self._checked = False
+        self.took_part = False
+        """Whether a loss came of another network yet."""
 
     def resolve(self, *args: Any, **kwargs: Any) -> None:
         """Nothing of the source itself follows a schedule."""
@@ -69,6 +71,9 @@ class CompanySource:
     def helper(self) -> Any:
         """The other networks, looked up anew: strategies replace children."""
         return unwrap(cast(nn.Module, self.root._modules[self.child]))
+
+    def watch(self) -> None:
+        """The other networks are in the module now: put taps on them."""
 
     def see(self, batch: Any) -> None:
         """Take note of what ``training_step`` is given; None when it is over."""
@@ -136,6 +141,7 @@ class CompanySource:
         mine = self.taps.values(TapSpec(), teaching_only=True)
         if not mine or not answers:
             return {}
+        self.took_part = True
         student = {LOGITS: mine, BATCH: [self.batch]}
         found: dict[str, Any] = {self.term.name: (student, answers)}
         if self._tasks:
@@ -148,6 +154,10 @@ class CompanySource:
 
     def as_network(self, number: int) -> AbstractContextManager[None]:
         """The user's module computes as that network inside the block; 1 is the first besides the student."""
+        raise NotImplementedError
+
+    def collect(self, terms: Sequence[LossTerm]) -> Mapping[str, tuple[Records, Records]]:
+        """What all networks answered, and their losses."""
         raise NotImplementedError
 
     def check_calls(self, number: int, own: Sequence[Any], other: Sequence[Any]) -> None:
@@ -178,7 +188,7 @@ class PeerSource(CompanySource):
         self._seen, self._tasks = [], []
         for number, network in enumerate(self.helper, 1):
             taps = self.taps_of(number)
-            with isolated_rng(), self.quiet(), self.asnetwork_spec(number), taps.recording():
+            with isolated_rng(), self.quiet(), self.as_network(number), taps.recording():
                 output = step()
             told = self.note_task(output)
             # Without a loss (the user skipped the batch) it takes no part in this step.
@@ -187,7 +197,7 @@ class PeerSource(CompanySource):
             reset_metrics(network)
 
     @contextmanager
-    def asnetwork_spec(self, number: int) -> Iterator[None]:
+    def as_network(self, number: int) -> Iterator[None]:
         """The user's module is that network inside the block."""
         with standing_in(self.root, unwrap(self.helper[number - 1])):
             yield
