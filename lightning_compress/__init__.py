@@ -6,6 +6,7 @@ from lightning_compress.compact.conversion import convert as convert
 from lightning_compress.cost import Cost as Cost
 from lightning_compress.decisions import Decisions as Decisions
 from lightning_compress.distillation.attribution import AttributionMatching as AttributionMatching
+from lightning_compress.distillation.capacity_gap import GapRule as GapRule
 from lightning_compress.distillation.decoupled import DIST as DIST
 from lightning_compress.distillation.decoupled import DKD as DKD
 from lightning_compress.distillation.dense import DenseKD as DenseKD
