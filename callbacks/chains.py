@@ -98,13 +98,14 @@ class Chain:
         """Leave the user's module as it is without a chain."""
         for leg in self.legs:
             leg.source.close()
-        for index in range(len(self.companions)):
+        for index, companion in enumerate(self.companions):
             run.pl_module._modules.pop(self.child(index), None)
+            companion.to("cpu")
         if self._untrained is not None:
             for name, parameter in run.pl_module.named_parameters():
                 if not name.startswith(PREFIX):
                     parameter.requires_grad_(name not in self._untrained)
-        self._untrained, self.now = None, -1
+        self._untrained = None
 
     def mirrors(self) -> Mapping[str, str]:
         """Which of the student's parameters each of an assistant's is like, by name."""

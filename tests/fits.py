@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning as L
+import staged
 import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
@@ -228,6 +229,8 @@ TECHNIQUES: dict[str, Callable[[], list[CompressionCallback]]] = {
     "average": lambda: [Distillation(lc.EMATeacher(0.7))],
     "similarity": lambda: [Distillation(teacher(), losses=[PerRank("net.5", 10.0)])],
     "sharded teacher": lambda: [Distillation(teacher(), losses=[lc.KD(2.0)], placement=_placement())],
+    **staged.TECHNIQUES,
+    "sharded route": lambda: staged.following(at=[3, 5, 10], placement=_placement()),
     "all": lambda: [
         Distillation(teacher()), Pruning(0.8, schedule=MASKS), ChannelPruning(keep_macs=0.5, schedule=CUTS),
     ],

@@ -15,6 +15,7 @@ from typing import Any
 import fits
 import lightning as L
 import numpy as np
+import staged
 import torch
 from lightning.pytorch.callbacks import Checkpoint, EMAWeightAveraging, ModelCheckpoint
 from torch import Tensor
@@ -164,6 +165,7 @@ TECHNIQUES: dict[str, Make] = {
         JointCompression(keep_macs=0.28, schedule=RANKS, calibration_samples=48, multiple_of=4, min_channels=10),
         EMAWeightAveraging(decay=0.9),
     ],
+    **{name: lambda folder, name=name: staged.TECHNIQUES[name]() for name in staged.RESUMED},  # type: ignore[misc]
     "everything": _everything,
     "everything, averaged": lambda folder: [*_everything(folder), EMAWeightAveraging(decay=0.9)],
 }  # fmt: skip

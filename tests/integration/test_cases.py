@@ -65,6 +65,11 @@ TECHNIQUES: dict[str, Make] = {
     "compact, distillation": lambda folder: fits.TECHNIQUES["compact, distillation"](),
     "compact, masks": lambda folder: fits.TECHNIQUES["compact, masks"](),
     "compact, int8": lambda folder: [*fits.TECHNIQUES["compact at setup"](), *fits.TECHNIQUES["int8"]()],
+    "route": lambda folder: fits.TECHNIQUES["route"](),
+    "assistants": lambda folder: fits.TECHNIQUES["chain of four"](),
+    "assistant, drawn": lambda folder: fits.TECHNIQUES["chain, drawn"](),
+    "assistant, by gap": lambda folder: fits.TECHNIQUES["chain, by gap"](),
+    "assistant, masks": lambda folder: [*fits.TECHNIQUES["chain"](), *fits.TECHNIQUES["masks"]()],
     "everything": lambda folder: fits.TECHNIQUES["all"](),
 }
 CUTTING = {name for name in TECHNIQUES if "channels" in name or name in ("everything", "joint budget")}
@@ -112,6 +117,7 @@ def check(technique: str, module: L.LightningModule) -> None:
         wanted = {
             "int8, masks, distillation": 0.8,
             "masks": 0.8,
+            "assistant, masks": 0.8,
             "low rank, masks": 0.8,
             "compact, masks": 0.8,
             "soft masks": 0.8,
