@@ -10,8 +10,9 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_compress import manifest
-from lightning_compress.callbacks import teaching
+from lightning_compress.callbacks import teacher_cache, teaching
 from lightning_compress.callbacks.base import DISTILLATION, CompressionCallback
+from lightning_compress.distillation.caching import TeacherCache
 from lightning_compress.distillation.features import FeatureTerm
 from lightning_compress.distillation.following import EMATeacher
 from lightning_compress.distillation.losses import KD
@@ -60,6 +61,8 @@ class Distillation(CompressionCallback):
         example_inputs: Arguments of the student, needed only by losses that own a projector or pair layers by
             themselves; default: the LightningModule's ``example_input_array``.
         allow_teacher_change: Accept another teacher when a checkpoint is resumed.
+        cache: A folder in which the teacher's answers are kept, or a `TeacherCache`: samples that come back are not
+            asked for again.
         manual: For modules that optimize by hand (GANs): which of their ``manual_backward`` calls get the terms.
             Default: those whose loss depends on the student.
         name: Tells two instances apart.
@@ -88,6 +91,7 @@ class Distillation(CompressionCallback):
         example_inputs: Any = None,
         allow_teacher_change: bool = False,
         manual: ManualBackward | None = None,
+        cache: TeacherCache | str | None = None,
         name: str | None = None,
     ) -> None:
         super().__init__(name)
@@ -115,12 +119,13 @@ class Distillation(CompressionCallback):
         self.example_inputs, self.allow_teacher_change = example_inputs, allow_teacher_change
         if manual is not None and not isinstance(manual, ManualBackward):
             raise TypeError(f"manual is a ManualBackward, such as ManualBackward(calls=1); got {manual!r}")
-        self.manual = manual
+        self.manual, self.cache = manual, teacher_cache.made(cache)
 
     def reset(self) -> None:
         """See `CompressionCallback.reset`."""
         super().reset()
         self._handle: Teacher | None = None
+        self._keeper: teacher_cache.Keeper | None = None
         self._shapes: Shapes | None = None
         self._root: nn.Module | None = None
         self._averaged = -1
@@ -147,6 +152,7 @@ class Distillation(CompressionCallback):
         """See `CompressionCallback.check`."""
         run.adapter.require("distillation", self.name)
         self._check_source(run)
+        teacher_cache.check(self.name, self.cache, self.is_average, self.losses)
         if self.placement == "shard" and run.adapter.kind != "fsdp2":
             raise CompressionError(
                 f"{self.name}: placement='shard' spreads the teacher over the mesh of ModelParallelStrategy, and this "
@@ -188,6 +194,8 @@ class Distillation(CompressionCallback):
         self._handle = Teacher(part, self.placement)
         self._pair(run, student, part)
         source = TapSource(self.name, student, self.losses, self._handle, self.task_weight, self.manual)
+        if self.cache is not None:
+            self._keeper = teacher_cache.Keeper(self.name, self.cache, source)
         run.pipeline.add(source)
         if any(type(term).build is not LossTerm.build for term in self.losses):
             self._shapes = self._measure(run, source)
@@ -308,6 +316,13 @@ class Distillation(CompressionCallback):
                 "allow_teacher_change=True if the change is meant"
             )
         self._fingerprint = fingerprint
+        if self._keeper is not None:
+            self._keeper.start(run)
+
+    def boundary(self, run: Coordinator, step: int) -> None:
+        """See `CompressionCallback.boundary`."""
+        if self._keeper is not None:
+            self._keeper.boundary(run)
 
     def _fill(self, run: Coordinator) -> None:
         """Give a teacher that is made of the student its weights: those of the checkpoint, or the student's."""
@@ -331,17 +346,30 @@ class Distillation(CompressionCallback):
             student = find_student_module(run.pl_module, self.student)[1]
             teaching.average(run, self._handle.module, student, self.teacher.value_at("decay", run.step - 1))
         values = {k: v for k, v in run.pipeline.last.items() if k.startswith(f"{self.name}/")}
+        if self._keeper is not None:
+            self._keeper.batch_end()
+            if self._keeper.share is not None:
+                values[f"{self.name}/cached"] = torch.tensor(self._keeper.share)
         if values:
             run.pl_module.log_dict(values)
 
+    def finish(self, run: Coordinator) -> None:
+        """See `CompressionCallback.finish`."""
+        if self._keeper is not None:
+            self._keeper.finish()
+
     def close(self, run: Coordinator) -> None:
         """Free the device memory of the teacher."""
+        if self._keeper is not None:
+            self._keeper.flush()
         if self._handle is not None and not self._handle.is_sharded:
             self._handle.module.to("cpu")
 
     # ---------------------------------------------------------------------------------------------------- state
     def state_dict(self) -> dict[str, Any]:
         """The teacher's fingerprint; of a teacher that is made of the student all its weights."""
+        if self._keeper is not None:
+            self._keeper.flush()  # a fit that goes on from here finds what this one found
         state = {**super().state_dict(), "fingerprint": self._fingerprint}
         if self._restored is not None:  # loaded, and nothing was trained since
             state["teacher"] = dict(self._restored)

@@ -3,9 +3,14 @@
 from typing import Any
 
 from lightning_compress.compact.conversion import convert as convert
+from lightning_compress.audits.audit import audit as audit
+from lightning_compress.audits.handles import InputSpace as InputSpace
+from lightning_compress.audits.handles import ModelHandle as ModelHandle
+from lightning_compress.audits.scorecard import Scorecard as Scorecard
 from lightning_compress.cost import Cost as Cost
 from lightning_compress.decisions import Decisions as Decisions
 from lightning_compress.distillation.attribution import AttributionMatching as AttributionMatching
+from lightning_compress.distillation.caching import TeacherCache as TeacherCache
 from lightning_compress.distillation.capacity_gap import GapRule as GapRule
 from lightning_compress.distillation.decoupled import DIST as DIST
 from lightning_compress.distillation.decoupled import DKD as DKD
@@ -27,6 +32,7 @@ from lightning_compress.distillation.relations import AT as AT
 from lightning_compress.distillation.relations import PKT as PKT
 from lightning_compress.distillation.relations import RKD as RKD
 from lightning_compress.distillation.relations import SP as SP
+from lightning_compress.distillation.replay import Replayed as Replayed
 from lightning_compress.distillation.tokens import TokenKL as TokenKL
 from lightning_compress.errors import CompressionError as CompressionError
 from lightning_compress.exporting import export as export
@@ -40,6 +46,7 @@ from lightning_compress.quantization.post_training import quantize as quantize
 from lightning_compress.quantization.spec import QuantSpec as QuantSpec
 from lightning_compress.schedule import Schedule as Schedule
 from lightning_compress.schedule import Scheduled as Scheduled
+from lightning_compress.search.complementary import complementary as complementary
 from lightning_compress.terms import LossTerm as LossTerm
 
 

@@ -14,7 +14,7 @@ from torch import nn
 import lightning_compress as lc
 from lightning_compress import manifest
 from lightning_compress.callbacks import Distillation
-from lightning_compress.callbacks.testing import TinyNet, rank, tiny_loader
+from lightning_compress.callbacks.testing import ResumableLoader, TinyNet, rank, tiny_data, tiny_loader
 
 
 def average() -> dict[str, Any]:
@@ -73,6 +73,32 @@ def whole() -> dict[str, Any]:
     callback = Distillation(Large())
     found = fits.fit([callback], "fsdp2")
     return {"losses": found["losses"], "finger": callback._fingerprint}
+
+
+class Asked(TinyNet):
+    """A teacher that counts the samples it is asked in this process."""
+
+    asked = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.asked += len(x)
+        return super().forward(x)
+
+
+def cached(folder: str | None = "answers") -> dict[str, Any]:
+    """Shuffled batches: in later epochs each process finds what the other asked."""
+    L.seed_everything(0, verbose=False)
+    world = int(os.environ.get("WORLD_SIZE", 1)) if folder is not None else 1
+    with torch.random.fork_rng():
+        torch.manual_seed(99)
+        taught = Asked(width=24)
+    module, losses = TinyNet(), fits.Losses()
+    trainer = L.Trainer(
+        devices=world, strategy=fits.strategy_of("ddp" if world > 1 else "single"), max_epochs=4,
+        callbacks=[Distillation(taught, losses=[lc.KD(2.0)], cache=folder), losses], **fits.QUIET,
+    )  # fmt: skip
+    trainer.fit(module, ResumableLoader(tiny_data(), 16 // world, world_size=world, rank=rank() if world > 1 else 0))
+    return {"asked": taught.asked, "losses": losses.values, "weights": manifest.digest(dict(module.state_dict()))}
 
 
 def attribution() -> None:

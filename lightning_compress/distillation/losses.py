@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -199,12 +199,30 @@ def kd_loss(
     return divergence(logs[0], logs[1]) * temperature**2
 
 
+@runtime_checkable
+class Softened(Protocol):
+    """An answer that was softened and shortened already, see `top_k.TopK`."""
+
+    def divergence(
+        self, student_logits: Tensor, mask: Tensor | None = None, class_dim: int = -1, chunk: int | None = None
+    ) -> Tensor:
+        """``T^2 * KL(answer || softmax(student / T))``, averaged over the places that count."""
+
+    def __getitem__(self, where: Any) -> Softened:
+        """The answers at some places."""
+
+
 class OutputTerm(LossTerm):
     """A term that compares outputs of student and teacher, call by call; say how in `loss`.
 
     The output may be a tensor, something with ``logits``, or a tuple that starts with them. If the student is called
     several times in a step, the loss is the average over the calls.
     """
+
+    @property
+    def takes_top_k(self) -> bool:
+        """Whether the teacher's side may be `Softened`."""
+        return False
 
     def taps(self) -> TapSpecs:
         """The outputs of the student and of the teacher."""
@@ -217,7 +235,11 @@ class OutputTerm(LossTerm):
     def compute(self, student: Records, teacher: Records, step: int) -> Tensor:
         """Average `loss` over the calls of this step."""
         pairs = zip(student[LOGITS], teacher[LOGITS], strict=True)
-        return mean_of([self.loss(logits_of(s), logits_of(t), student, step) for s, t in pairs])
+        return mean_of([self.loss(logits_of(s), self.answer_of(t), student, step) for s, t in pairs])
+
+    def answer_of(self, output: Any) -> Any:
+        """The logits in what the teacher returned; or what was kept of them."""
+        return output if self.takes_top_k and isinstance(output, Softened) else logits_of(output)
 
 
 class SoftTerm(OutputTerm):
@@ -273,6 +295,14 @@ class KD(SoftTerm):
         super().__init__(temperature, weight, name, class_dim)
         self.standardize = standardize
 
-    def loss(self, student: Tensor, teacher: Tensor, student_records: Records, step: int) -> Tensor:
+    @property
+    def takes_top_k(self) -> bool:
+        """Scores of all classes are needed to standardise them, and only then."""
+        return not self.standardize
+
+    def loss(self, student: Tensor, teacher: Any, student_records: Records, step: int) -> Tensor:
         """See `kd_loss`."""
+        if not isinstance(teacher, Tensor):
+            found: Tensor = teacher.divergence(student, class_dim=self.class_dim)
+            return found
         return kd_loss(student, teacher, self.value_at("temperature", step), self.class_dim, self.standardize)

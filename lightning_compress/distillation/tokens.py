@@ -179,17 +179,25 @@ class TokenKL(SoftTerm):
         batch = () if self.labels is None else (BATCH,)
         return TapSpecs(student=(LOGITS, ARGUMENTS, *batch), teacher=(LOGITS,))
 
+    @property
+    def takes_top_k(self) -> bool:
+        """A `top_k` of its own chooses among all."""
+        return self.top_k is None
+
     def compute(self, student: Records, teacher: Records, step: int) -> Tensor:
         """Average `token_kl_loss` over the calls of this step."""
         temperature = self.value_at("temperature", step)
         batch = None if self.labels is None else student[BATCH][0]
         losses = []
         for s, t, arguments in zip(student[LOGITS], teacher[LOGITS], student[ARGUMENTS], strict=True):
-            mine, theirs, mask = logits_of(s), logits_of(t), self.mask(arguments, batch)
+            mine, theirs, mask = logits_of(s), self.answer_of(t), self.mask(arguments, batch)
             if self.shift:
                 mine, theirs = mine[:, :-1], theirs[:, :-1]
                 mask = None if mask is None else mask[:, 1:]
-            losses.append(token_kl_loss(mine, theirs, mask, temperature, self.top_k, self.chunk))
+            if not isinstance(theirs, Tensor):
+                losses.append(theirs.divergence(mine, mask, chunk=self.chunk))
+            else:
+                losses.append(token_kl_loss(mine, theirs, mask, temperature, self.top_k, self.chunk))
         return mean_of(losses)
 
     def mask(self, arguments: tuple[tuple[Any, ...], Mapping[str, Any]], batch: Any = None) -> Tensor | None:

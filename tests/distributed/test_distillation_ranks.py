@@ -6,12 +6,12 @@ from functools import cache
 from typing import Any
 
 import pytest
-from distillation_ranks import Large
+from distillation_ranks import Large, cached
 
 from lightning_compress.callbacks.testing import run_ranks
 
 pytestmark = pytest.mark.distributed
-CASES = ("average", "sharded", "whole", "attribution")
+CASES = ("average", "sharded", "whole", "attribution", "cached")
 
 
 @cache
@@ -32,6 +32,15 @@ def test_a_sharded_teacher_is_held_in_halves_and_answers_the_same() -> None:
         assert sharded["parts"] == 3  # two blocks and the rest
         assert sharded["losses"] == pytest.approx(whole["losses"], rel=1e-6)
         assert sharded["finger"] == whole["finger"]
+
+
+def test_what_one_process_asked_the_other_finds() -> None:
+    first, second = launch()["cached"]
+    alone = cached(None)
+    assert first["asked"] + second["asked"] <= 64 + 2 * 8  # each sample once, and a batch to compare on each
+    assert alone["asked"] == 4 * 64
+    assert first["weights"] == second["weights"]
+    assert first["losses"] == pytest.approx(alone["losses"], rel=1e-5)
 
 
 def test_attribution_is_refused_on_sharded_strategies() -> None:
