@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
+import sys
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata as packages
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import nn
 
 from lightning_compress import graphs
 from lightning_compress import manifest as manifests
+from lightning_compress.calibration import calibration_calls
 from lightning_compress.cost import Latency, latency, latency_ratio
 from lightning_compress.encoding import decode, encode
 from lightning_compress.errors import CompressionError
@@ -59,7 +61,7 @@ class Int8Artifact:
         cls,
         model: nn.Module,
         example: ExampleCall | Any,
-        calibration: Iterable[ExampleCall] | None = None,
+        calibration: Any = None,
         manifest: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> Int8Artifact:
@@ -68,14 +70,16 @@ class Int8Artifact:
         Args:
             model: A model with quantizers, or a plain one; it is left as it is.
             example: The call to lower, or its arguments.
-            calibration: Calls with real inputs.
+            calibration: Real inputs: a `DataLoader`, a dataset, batches, calls; see `calibration_calls`.
             manifest: What was done to the model; default: its own record.
             **options: Further arguments of `lower`.
 
         Raises:
             CompressionError: The model cannot be lowered.
         """
-        lowered = lower(model, from_example_inputs(example), calibration, **options)
+        call = from_example_inputs(example)
+        calls = None if calibration is None else list(calibration_calls(model, calibration, call))
+        lowered = lower(model, call, calls, **options)
         record = manifests.of(model) if manifest is None else manifest
         return cls(lowered.program, record, {"report": lowered.report})
 
@@ -185,7 +189,7 @@ class Int8Artifact:
     def agreement(
         self,
         model: nn.Module,
-        calls: Iterable[ExampleCall],
+        calls: Any,
         runtime: Runtime = "reference",
         threads: int | None = None,
         dim: int = -1,
@@ -194,7 +198,7 @@ class Int8Artifact:
 
         Args:
             model: In evaluation mode while it is compared, and as it was afterwards.
-            calls: What to run.
+            calls: What to run, all of it: a `DataLoader`, a dataset, batches, calls; see `calibration_calls`.
             runtime: Where the integer model runs.
             threads: Threads inside its operators.
             dim: Dimension of the classes in the first tensor of the outputs.
@@ -206,7 +210,7 @@ class Int8Artifact:
         def run(call: ExampleCall) -> Any:
             return self.run(*call.args, runtime=runtime, threads=threads, **call.kwargs)
 
-        return agreement(model, run, calls, dim)
+        return agreement(model, run, calibration_calls(model, calls, samples=sys.maxsize), dim)
 
     def benchmark(
         self,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lightning_compress import attention, layers, manifest, recurrent, surgery
 from lightning_compress.errors import CompressionError
 from lightning_compress.quantization import quantizers as kinds
+from lightning_compress.quantization.mixture import LearnedBits
 from lightning_compress.quantization.quantizers import Quantizer
 from lightning_compress.quantization.spec import QuantSpec
 from lightning_compress.surgery import Edit, Journal, Swap
@@ -23,6 +24,7 @@ from lightning_compress.targets import clean_name, get_submodule_clean, named_mo
 TRANSFORM = "fq"
 _NESTED = "_lc_nested"  # on an encoder whose nested tensors were switched off
 ATTACH, ENABLE = "quantization.attach", "quantization.enable"
+SEARCH, CHOOSE = "quantization.search", "quantization.choose"  # see `bit_search`
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 KINDS: tuple[type[nn.Module], ...] = (
     nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED, nn.Embedding, nn.MultiheadAttention, nn.LSTM, nn.GRU,
@@ -135,7 +137,7 @@ def detach(model: nn.Module) -> nn.Module:
             layers.remove_transform(module, TRANSFORM, slot)
         if module.__dict__.pop(_NESTED, False):
             module.__dict__["use_nested_tensor"] = True
-    manifest.forget(model, (ATTACH, ENABLE))
+    manifest.forget(model, (ATTACH, ENABLE, SEARCH, CHOOSE))
     return model
 
 
@@ -178,17 +180,23 @@ def _apply_attach(root: nn.Module, edit: Edit, journal: Journal) -> list[Swap]:
                     f"{name!r} ({type(module).__name__}) has nothing called {slot!r} to quantize; "
                     f"it has {', '.join((*allowed.weights, *allowed.activations)) or 'nothing at all'}"
                 )
-            if layers.get_transform(module, TRANSFORM, slot) is not None:
-                raise CompressionError(f"{name}.{slot} is quantized already; give it to one technique only")
+            refuse_second(module, name, slot)
             _put(module, name, slot, QuantSpec.from_dict(data), slot in allowed.weights, made, journal)
-    _check_projections(root, edit["layers"])
+    check_projections(root, edit["layers"])
     for encoder in attention.encoders_with_nested_tensors(root):
         journal.set_attribute(encoder, "use_nested_tensor", False)
         journal.set_attribute(encoder, _NESTED, True)
     return []
 
 
-def _check_projections(root: nn.Module, names: Mapping[str, Any]) -> None:
+def refuse_second(module: nn.Module, name: str, slot: str) -> None:
+    """Raise if a slot has a quantizer already."""
+    if layers.get_transform(module, TRANSFORM, slot) is not None:
+        raise CompressionError(f"{name}.{slot} is quantized already; give it to one technique only")
+
+
+def check_projections(root: nn.Module, names: Mapping[str, Any]) -> None:
+    """Raise if an output projection is quantized without the attention layer that reads it."""
     for name in names:
         owner = attention.owner_of(root, get_submodule_clean(root, name))
         if owner is not None and not isinstance(owner, attention.TransformedMultiheadAttention):
@@ -202,15 +210,16 @@ def _put(
     module: nn.Module, name: str, slot: str, spec: QuantSpec, is_weight: bool,
     made: dict[tuple[int, str], Quantizer], journal: Journal,
 ) -> None:  # fmt: skip
-    weight = _weight(module, name, slot) if is_weight else None
+    weight = weight_in(module, name, slot) if is_weight else None
     key = (id(weight) if is_weight else id(module), slot if not is_weight else "")
     if key not in made:
-        made[key] = _make(module, weight, spec)
+        made[key] = make_for(module, weight, spec)
     layers.add_transform(module, TRANSFORM, made[key], slot)
     journal.on_undo(lambda: layers.remove_transform(module, TRANSFORM, slot))
 
 
-def _weight(module: nn.Module, name: str, slot: str) -> Tensor:
+def weight_in(module: nn.Module, name: str, slot: str) -> Tensor:
+    """The weight of a slot; an error if there is none to quantize."""
     weight = module._parameters.get(slot)
     if weight is None:
         raise CompressionError(
@@ -223,7 +232,8 @@ def _weight(module: nn.Module, name: str, slot: str) -> Tensor:
     return weight
 
 
-def _make(module: nn.Module, weight: Tensor | None, spec: QuantSpec) -> Quantizer:
+def make_for(module: nn.Module, weight: Tensor | None, spec: QuantSpec) -> Quantizer:
+    """A quantizer for a weight of a layer, or for an input (`weight` is ``None``)."""
     like = weight if weight is not None else next(iter(module.parameters()), None)
     if weight is None:
         quantizer = kinds.make(spec, (1,), of="activations")
@@ -241,7 +251,7 @@ def _apply_enable(root: nn.Module, edit: Edit, journal: Journal) -> list[Swap]:
         module = get_submodule_clean(root, name)
         for slot in slots:
             quantizer = layers.get_transform(module, TRANSFORM, slot)
-            if not isinstance(quantizer, Quantizer):
+            if not isinstance(quantizer, Quantizer | LearnedBits):
                 raise CompressionError(f"{name}.{slot} has no quantizer to enable; is it the same model?")
             signed = edit["signed"].get(name, {}).get(slot)
             if signed is not None:

@@ -21,52 +21,12 @@ from lightning_compress.errors import CompressionError
 from lightning_compress.layers import child_name
 from lightning_compress.quantization.allocation import Allocation, PerLayer, allocate
 from lightning_compress.quantization.choices import FLOAT
+from lightning_compress.quantization.mixture import LearnedBits
 from lightning_compress.ranks import Ranks
 from lightning_compress.schedule import Scheduled
 from lightning_compress.terms import Resolvable, non_negative
 
 _KNEE = 1e-2  # distance from the budget, in units of `softness`, below which the barrier goes on as a straight line
-
-
-class LearnedBits(nn.Module):
-    """A transform that computes with the mean of several quantizers, weighted by learned probabilities.
-
-    Args:
-        candidates: Quantizers by the name of their choice, two or more; `None` leaves the tensor as it is.
-        temperature: Of the softmax, > 0; lower makes the distribution sharper.
-
-    Raises:
-        ValueError: If there are fewer than two candidates, or the temperature is not positive.
-
-    Example:
-        >>> mixed = LearnedBits({"zero": nn.Threshold(9.0, 0.0), "float": None})
-        >>> mixed(torch.tensor([4.0]))
-        tensor([2.], grad_fn=<AddBackward0>)
-    """
-
-    def __init__(self, candidates: Mapping[str, nn.Module | None], temperature: float = 1.0) -> None:
-        super().__init__()
-        if len(candidates) < 2:
-            raise ValueError(f"there is nothing to learn among {list(candidates)}; give two candidates or more")
-        if not temperature > 0:
-            raise ValueError(f"temperature is positive; got {temperature!r}")
-        self.names = tuple(candidates)
-        self.temperature = float(temperature)
-        self.quantizers = nn.ModuleList(nn.Identity() if q is None else q for q in candidates.values())
-        self.logits = nn.Parameter(torch.zeros(len(candidates)))  # 1-D: FSDP2 cannot shard less
-
-    def probabilities(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Of the candidates, shape (candidates,)."""
-        return torch.softmax(self.logits.to(dtype) / self.temperature, dim=0)
-
-    def forward(self, tensor: Tensor) -> Tensor:
-        """The expected quantized tensor, like `tensor`."""
-        weights = self.probabilities().to(tensor.dtype)
-        parts = [weight * quantizer(tensor) for weight, quantizer in zip(weights, self.quantizers, strict=True)]
-        mixed: Tensor = parts[0]
-        for part in parts[1:]:
-            mixed = mixed + part
-        return mixed
 
 
 def barrier(cost: Tensor, budget: float, softness: float) -> Tensor:
@@ -128,7 +88,8 @@ class BarrierPenalty(Resolvable):
         barrier: Factor of the barrier, >= 0, or a `Scheduled` one.
         one_hot: Factor of the regularizer that makes bits decided, >= 0, or a `Scheduled` one.
         softness: Share of the budget in which distances from it are measured, in (0, 1].
-        slot: Slot of the weights.
+        slots: Slot of each layer's weights, ``"weight"`` for those that are not named; any of several that share their
+            probabilities.
         transform: Name under which the transforms sit in the slots.
 
     Raises:
@@ -155,7 +116,7 @@ class BarrierPenalty(Resolvable):
         barrier: float | Scheduled = 0.03,
         one_hot: float | Scheduled = 0.0,
         softness: float = 0.1,
-        slot: str = "weight",
+        slots: Mapping[str, str] | None = None,
         transform: str = "fq",
     ) -> None:
         if not layers:
@@ -169,7 +130,10 @@ class BarrierPenalty(Resolvable):
         self.barrier = non_negative(type(self).__name__, "barrier", barrier)
         self.one_hot = non_negative(type(self).__name__, "one_hot", one_hot)
         self._names = {
-            layer: (f"{layer}.{child_name(transform, slot)}.logits", f"{layer}.{child_name(transform, 'input')}.logits")
+            layer: tuple(
+                f"{layer}.{child_name(transform, slot)}.logits"
+                for slot in ((slots or {}).get(layer, "weight"), "input")
+            )
             for layer in layers
         }
         self._matrices = {layer: self._matrix(layer) for layer in layers}

@@ -17,6 +17,7 @@ from torch import fx, nn
 
 from lightning_compress.errors import CompressionError
 from lightning_compress.probe import ExampleCall
+from lightning_compress.quantization.bit_search import searched
 from lightning_compress.quantization.completion import complete, points
 from lightning_compress.quantization.flattening import COPYING, grid_before
 from lightning_compress.quantization.folding import fold_batch_norms
@@ -93,6 +94,11 @@ def lower(
         raise ValueError(f"percentile lies in (50, 100]; got {percentile!r}")
     if activations not in ("static", "dynamic"):
         raise ValueError(f"activations is 'static' or 'dynamic'; got {activations!r}")
+    if undecided := searched(model):
+        raise CompressionError(
+            f"the bits of {next(iter(undecided))!r} are still being searched, so its weight is a mixture and no "
+            "integers; let the fit go on until it has chosen"
+        )
     traced = trace(model, example, dynamic_batch)
     untrained = not traced.quantizers
     if untrained and calibration is None and activations == "static":
