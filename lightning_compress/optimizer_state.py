@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +56,7 @@ def carry_state(optimizer: Optimizer, swaps: Sequence[Swap], names: Mapping[int,
     for group in optimizer.param_groups:
         if any(id(p) in by_id for p in group["params"]):
             _carry_group(group, by_id, names, journal)
+    _move_vectors(optimizer, [s for s in swaps if any(s.old is p for p in held)], names, journal)
     notes: list[str] = []
     for old in held:
         notes += _carry_parameter(optimizer, by_id[id(old)], journal)
@@ -62,17 +64,63 @@ def carry_state(optimizer: Optimizer, swaps: Sequence[Swap], names: Mapping[int,
 
 
 def _carry_group(group: dict[str, Any], by_id: Mapping[int, Swap], names: Mapping[int, str], journal: Journal) -> None:
-    params: list[Tensor] = []
-    labels: list[str] = []
     old_labels = group.get("param_names") or [""] * len(group["params"])
-    for old, label in zip(group["params"], old_labels, strict=True):
-        swap = by_id.get(id(old))
-        for new in [old] if swap is None else [n.tensor for n in swap.new]:
-            params.append(new)
-            labels.append(label if swap is None else names.get(id(new), label))
-    journal.set_list(group["params"], params)
+    order = {key: place for place, key in enumerate(names)}
+    found: list[tuple[Tensor, str]] = []
+    for _, run in itertools.groupby(
+        zip(group["params"], old_labels, strict=True), key=lambda item: _layer_of(by_id.get(id(item[0])))
+    ):
+        here = [(by_id.get(id(old)), old, label) for old, label in run]
+        new = [pair for swap, old, label in here for pair in _news(swap, old, label, names)]
+        if any(swap is not None and len(swap.new) > 1 for swap, _, _ in here):
+            new.sort(key=lambda pair: order.get(id(pair[0]), -1))  # as an optimizer that is built anew lists a layer
+        found += new
+    _set_group(group, found, journal)
+
+
+def _layer_of(swap: Swap | None) -> str | None:
+    return None if swap is None else swap.name.rpartition(".")[0]
+
+
+def _news(swap: Swap | None, old: Tensor, label: str, names: Mapping[int, str]) -> list[tuple[Tensor, str]]:
+    if swap is None:
+        return [(old, label)]
+    return [(new.tensor, names.get(id(new.tensor), label)) for new in swap.new]
+
+
+def _set_group(group: dict[str, Any], found: Sequence[tuple[Tensor, str]], journal: Journal) -> None:
+    journal.set_list(group["params"], [tensor for tensor, _ in found])
     if "param_names" in group:
-        journal.set_list(group["param_names"], labels)
+        journal.set_list(group["param_names"], [label for _, label in found])
+
+
+def _move_vectors(optimizer: Optimizer, swaps: Sequence[Swap], names: Mapping[int, str], journal: Journal) -> None:
+    """Where vectors (biases, scales) have a group of their own, as without weight decay, put new ones there.
+
+    A weight may become weights and vectors. In the group of the weight these would be decayed, and an optimizer that
+    is built anew, for a resumed fit, would list them elsewhere.
+    """
+    new = {id(n.tensor) for s in swaps if s.old.dim() > 1 for n in s.new if n.tensor.dim() == 1}
+    if not new:
+        return
+    groups = optimizer.param_groups
+    own = [group for group in groups if group["params"] and all(p.dim() <= 1 for p in group["params"])]
+    order = {key: place for place, key in enumerate(names)}
+    for group in groups:
+        moved = [p for p in group["params"] if id(p) in new]
+        if not own or not moved or any(p.dim() <= 1 and id(p) not in new for p in group["params"]):
+            continue
+        labels = group.get("param_names") or [""] * len(group["params"])
+        pairs = list(zip(group["params"], labels, strict=True))
+        _set_group(group, [pair for pair in pairs if id(pair[0]) not in new], journal)
+        target_labels = own[0].get("param_names") or [""] * len(own[0]["params"])
+        target = list(zip(own[0]["params"], target_labels, strict=True))
+        for pair in pairs:
+            if id(pair[0]) in new:
+                place = order.get(id(pair[0]), len(order))
+                later = (i for i, (p, _) in enumerate(target) if order.get(id(p), -1) > place)
+                target.insert(next(later, len(target)), pair)
+        _set_group(own[0], target, journal)
 
 
 def _carry_parameter(optimizer: Optimizer, swap: Swap, journal: Journal) -> list[str]:

@@ -29,6 +29,7 @@ from lightning_compress.callbacks import (
     Distillation,
     ExactResume,
     JointCompression,
+    LearnedBitWidths,
     LowRank,
     Pruning,
     QuantizationAwareTraining,
@@ -136,12 +137,8 @@ TECHNIQUES: dict[str, Make] = {
         CompactConversion("inverted_residual", width=1.5, schedule=RANKS, fit_steps=3, norm=True),
         EMAWeightAveraging(decay=0.9),
     ],
-    "compact at setup": lambda folder: [CompactConversion("depthwise_separable", schedule="setup")],
     "compact, masks": lambda folder: [
         CompactConversion("shuffle", schedule=RANKS, fit_steps=3), Pruning(0.8, schedule=MASKS),
-    ],
-    "compact, distillation": lambda folder: [
-        CompactConversion("depthwise_separable", schedule=RANKS, fit_steps=3), Distillation("initial"),
     ],
     "teacher, module": lambda folder: [Distillation(fits.teacher())],
     "teacher, path": lambda folder: [Distillation(saved_teacher(folder))],
@@ -154,6 +151,12 @@ TECHNIQUES: dict[str, Make] = {
     "term that starts late": lambda folder: fits.TECHNIQUES["scheduled"](),  # type: ignore[dict-item, return-value]
     "int8": lambda folder: [QuantizationAwareTraining(**QAT)],
     "lsq": lambda folder: [QuantizationAwareTraining("w2a2_lsq", **QAT)],
+    "learned bits, averaged": lambda folder: [
+        LearnedBitWidths(
+            ("int8", "int4"), keep_bytes=0.2, schedule=lc.Schedule(begin=2), until=7, barrier=1.0, temperature=0.1
+        ),
+        EMAWeightAveraging(decay=0.9),
+    ],
     "percentile": lambda folder: [
         QuantizationAwareTraining(activations=QuantSpec(symmetric=False, observer="percentile"), **QAT)
     ],

@@ -79,11 +79,19 @@ def dense_data(dense: Any, weight: Tensor, bias: Tensor | None, inputs: Sequence
     exact = torch.float64 if weight.dtype == torch.float64 else torch.float32
     geometry = Geometry.of(dense)
     weight, bias = weight.detach().to(exact), None if bias is None else bias.detach().to(exact)
-    xs = [x.to(weight.device, exact) for x in inputs]
+    xs = _together([x.to(weight.device, exact) for x in inputs])
     if not all(bool(torch.isfinite(x).all()) for x in xs):
         raise CompressionError("its inputs have values that are not finite")
     ys = [F.conv2d(padded(geometry, x), weight, bias, geometry.stride, 0, geometry.dilation) for x in xs]
     return Data(xs, ys)
+
+
+def _together(inputs: Sequence[Tensor]) -> list[Tensor]:
+    """The same samples in batches of `BATCH`, where sizes allow it: loaders of several processes have smaller ones."""
+    by_size: dict[torch.Size, list[Tensor]] = {}
+    for x in inputs:
+        by_size.setdefault(x.shape[1:], []).append(x)
+    return [batch for same in by_size.values() for batch in torch.cat(same).split(BATCH)]
 
 
 def padded(geometry: Geometry, x: Tensor) -> Tensor:

@@ -86,20 +86,21 @@ def _apply(root: nn.Module, edit: Edit, journal: Journal) -> list[Swap]:
 
 
 def _swaps(name: str, old: Any, new: CompactBlock) -> list[Swap]:
-    """The weight becomes all that is new; the bias becomes the last biases, whose gradients are what its own was."""
+    """Weights come from the weight, and biases from the bias, if there is one.
+
+    The gradients of the last biases are what those of the dense bias were, so these keep its optimizer state.
+    """
     named = dict(new.named_parameters())
-    rows: dict[str, Rows] = {}
+    rows: dict[int, Rows] = {}
     begin = 0
     for conv, _ in new.last():
-        for key, parameter in named.items():
-            if parameter is conv.bias:
-                rows[key] = Rows(begin, begin + conv.out_channels)
+        rows[id(conv.bias)] = Rows(begin, begin + conv.out_channels)
         begin += conv.out_channels
-    carried = rows if old.bias is not None else {}
-    weights = tuple(New(f"{name}.{key}", value) for key, value in named.items() if key not in carried)
+    vectors = [key for key, value in named.items() if old.bias is not None and value.dim() == 1]
+    weights = tuple(New(f"{name}.{key}", value) for key, value in named.items() if key not in vectors)
     swaps = [Swap(f"{name}.weight", old.weight, weights)]
     if old.bias is not None:
-        biases = tuple(New(f"{name}.{key}", named[key], where) for key, where in carried.items())
+        biases = tuple(New(f"{name}.{key}", named[key], rows.get(id(named[key]))) for key in vectors)
         swaps.append(Swap(f"{name}.bias", old.bias, biases))
     return swaps
 

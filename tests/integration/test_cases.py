@@ -47,6 +47,7 @@ TECHNIQUES: dict[str, Make] = {
     "int8": lambda folder: fits.TECHNIQUES["int8"](),
     "int8, dynamic": lambda folder: fits.TECHNIQUES["int8_dynamic"](),
     "learned steps": lambda folder: fits.TECHNIQUES["lsq"](),
+    "learned bits": lambda folder: fits.TECHNIQUES["learned bits"](),
     "int8, masks, distillation": lambda folder: fits.TECHNIQUES["int8, masks, distillation"](),
     "learned steps, channels": lambda folder: fits.TECHNIQUES["lsq, channels"](),
     "low rank": lambda folder: fits.TECHNIQUES["low rank"](),
@@ -58,10 +59,8 @@ TECHNIQUES: dict[str, Make] = {
     "low rank, channels": lambda folder: [*fits.TECHNIQUES["low rank"](), *fits.TECHNIQUES["channels"]()],
     "low rank, int8": lambda folder: [*fits.TECHNIQUES["low rank at setup"](), *fits.TECHNIQUES["int8"]()],
     "joint budget": lambda folder: fits.TECHNIQUES["joint"](),
-    "compact": lambda folder: fits.TECHNIQUES["compact"](),
-    "compact, fitted": lambda folder: fits.TECHNIQUES["compact, fitted"](),
+    "compact": lambda folder: fits.TECHNIQUES["compact, fitted"](),
     "compact, at setup": lambda folder: fits.TECHNIQUES["compact at setup"](),
-    "compact, fresh": lambda folder: fits.TECHNIQUES["compact at setup, fresh"](),
     "compact, distillation": lambda folder: fits.TECHNIQUES["compact, distillation"](),
     "compact, masks": lambda folder: fits.TECHNIQUES["compact, masks"](),
     "compact, int8": lambda folder: [*fits.TECHNIQUES["compact at setup"](), *fits.TECHNIQUES["int8"]()],
@@ -75,7 +74,7 @@ TECHNIQUES: dict[str, Make] = {
 CUTTING = {name for name in TECHNIQUES if "channels" in name or name in ("everything", "joint budget")}
 FACTORING = {name for name in TECHNIQUES if "low rank" in name or name == "joint budget"}
 CONVERTING = {name for name in TECHNIQUES if "compact" in name}
-QUANTIZING = {name for name in TECHNIQUES if "int8" in name or "learned steps" in name}
+QUANTIZING = {name for name in TECHNIQUES if "int8" in name or "learned" in name}
 MASKING = {name for name in TECHNIQUES if "masks" in name or name == "everything"}
 
 
