@@ -49,7 +49,7 @@ class UnitView(nn.Module):
             raise CompressionError("Attacks of other libraries cannot keep entries fixed or scale them; use ours.")
         self.low, self.width, self.shape = ball.low, float(width.max()), ball.shape
         object.__setattr__(self, "oracle", Oracle.of(logits))  # not a submodule, whatever it is
-        z = goals.logits_of(self.oracle(ball.x, torch.arange(len(ball), device=ball.x.device)))
+        z = goals.logits_of(Oracle.of(logits)(ball.x, torch.arange(len(ball), device=ball.x.device)))
         self.classes, self.gap = z.shape[1], 1.0
         if unit:
             top = z.topk(2, 1).values
@@ -70,7 +70,7 @@ class UnitView(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Logits (N, C) of images in [0, 1]."""
         if torch.is_grad_enabled() and images.requires_grad:
-            z = cast(Tensor, _InputOnly.apply(images, self._logits))  # type: ignore[no-untyped-call]
+            z = cast(Tensor, _InputOnly.apply(images, self._logits))
         else:
             with torch.no_grad():
                 z = self._logits(images)
