@@ -69,7 +69,7 @@ def note_rng() -> Callable[[], None]:
 
 
 @contextmanager
-def untouched(root: nn.Module) -> Iterator[None]:
+def untouched(root: nn.Module, eager: bool = True) -> Iterator[None]:
     """Put everything back that running a model, or editing its registries, may have changed.
 
     Modes and gradients stay what they are, so that autograd graphs can be made; compiled parts run eagerly. Undone are
@@ -79,6 +79,7 @@ def untouched(root: nn.Module) -> Iterator[None]:
 
     Args:
         root: The model.
+        eager: Whether compiled parts run eagerly and fused attention is off; not where time is measured.
 
     Example:
         >>> norm = nn.BatchNorm1d(2)
@@ -92,7 +93,8 @@ def untouched(root: nn.Module) -> Iterator[None]:
     with ExitStack() as undo, isolated_rng():
         for module in list(root.modules()):
             undo.callback(_restorer(module, registries=True))
-        undo.enter_context(_no_fast_paths())
+        if eager:
+            undo.enter_context(_no_fast_paths())
         undo.enter_context(torch.inference_mode(False))
         yield
 

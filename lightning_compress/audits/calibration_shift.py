@@ -113,7 +113,7 @@ class Calibration:
             Metric(
                 "temperature", self.family, compressed, n=len(ids), unit="factor", higher_is_better=None,
                 method="two halves", floor=None, seed=context.seed,
-                note=f"halves: {fitted[2]:.3g} and {fitted[3]:.3g}; dense model: {dense:.3g}. Above 1: too sure of itself",
+                note=f"halves: {fitted[2]:.3g} and {fitted[3]:.3g}; dense model: {dense:.3g}. above 1: too sure",
             ),
         ]  # fmt: skip
 

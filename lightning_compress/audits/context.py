@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_compress.audits.comparing import compare
 from lightning_compress.audits.data import Examples
-from lightning_compress.audits.handles import ModelHandle
+from lightning_compress.audits.handles import ModelHandle, count, take
 from lightning_compress.audits.integrity import GradientTrust, gradient_probe
 from lightning_compress.audits.results import AuditResult, Metric
 from lightning_compress.audits.tasks import Task
@@ -147,13 +147,33 @@ class AuditContext:
         logits: Tensor = self._cache[id(handle)][1]
         return logits
 
+    def answered(self) -> AuditContext:
+        """Let both models answer all examples while the budget lasts; the context of those that were answered."""
+        order = self._order()
+        size = max(1, min(self.dense.batch_size, self.compressed.batch_size))
+        parts: list[tuple[Tensor, Tensor]] = []
+        for start in range(0, len(self), size):
+            if start and self.budget.is_spent:
+                break
+            x = take(self.inputs, torch.tensor(order[start : start + size]))
+            parts.append((self.dense.predict(x), self.compressed.predict(x)))
+            self.progress(f"{start + count(x)} of {len(self)} examples", (start + count(x)) / len(self))
+        seen = torch.tensor(order[: sum(len(part[0]) for part in parts)])
+        kept, back = seen.sort()
+        own = Examples(self.inputs, self.targets, self.ids)[kept]
+        answered = replace(self, inputs=own.inputs, targets=own.targets, ids=own.ids, _cache={})
+        for i, handle in enumerate((self.dense, self.compressed)):
+            logits = torch.cat([part[i] for part in parts])
+            answered._cache[id(handle)] = (handle, logits[back.to(logits.device)])
+        return answered
+
     def gradients(self, which: str = "compressed") -> GradientTrust:
         """Whether gradients of a model mean anything, probed once on a few examples."""
         key = ("gradients", which)
         if key not in self._cache:
-            few = self.limited(32)
+            few = self.limited(24)
             handle: ModelHandle = getattr(self, which)
-            self._cache[key] = gradient_probe(handle, few.inputs, few.targets, self.task, seed=self.seed)
+            self._cache[key] = gradient_probe(handle, few.inputs, few.targets, self.task, directions=6, seed=self.seed)
         trust: GradientTrust = self._cache[key]
         return trust
 
@@ -172,14 +192,17 @@ class AuditContext:
         """The same audit on fewer examples: those whose ids come first in an order that only the seed decides."""
         if examples >= len(self):
             return self
-        order = sorted(range(len(self)), key=lambda i: _mixed(self.seed, int(self.ids[i])))
-        kept = torch.tensor(sorted(order[:examples]))
+        kept = torch.tensor(sorted(self._order()[:examples]))
         own = Examples(self.inputs, self.targets, self.ids)[kept]
         smaller = replace(self, inputs=own.inputs, targets=own.targets, ids=own.ids, _cache={})
         for key, value in self._cache.items():
             if isinstance(key, int):
                 smaller._cache[key] = (value[0], value[1][kept.to(value[1].device)])
         return smaller
+
+    def _order(self) -> list[int]:
+        """Positions in an order that depends on ids and seed alone."""
+        return sorted(range(len(self)), key=lambda i: _mixed(self.seed, int(self.ids[i])))
 
 
 def _mixed(seed: int, number: int) -> int:

@@ -140,8 +140,9 @@ class AuditResult:
         params: With which settings.
         metrics: The numbers.
         per_example: Name -> one value an example, `"ids"` among them: what paired comparisons are made of.
-        artifacts: Pictures and tables: `{"name", "kind", "data"}`; kind `"png"` (base64), `"table"` (columns, rows),
-            `"curve"` (x, series) or `"text"`.
+        artifacts: Pictures and tables, each with a `name` and a `kind`: `"png"` (`data`: base64), `"text"` (`data`),
+            `"table"` (`columns`, `rows`), or `"curve"` (`x` and `y`: labels; `series`: a list of `{"name", "points"}`
+            with points (x, y); `diagonal`: whether x = y is drawn). Each may have a `note`.
         warnings: What the reader has to know.
         env: Versions and the device.
     """
