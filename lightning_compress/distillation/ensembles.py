@@ -176,7 +176,9 @@ def linear_weights(stacked: Tensor, labels: Tensor) -> Tensor:
         linear = mean - (curvature @ weights[..., None])[..., 0]
         towards = simplex_quadratic(curvature, linear) - weights
         tried = torch.cat([weights[None], weights + steps * towards])  # staying is allowed
-        best = loss(tried).argmin(0)
+        found = loss(tried)
+        found[0] -= 1e-13 * (1 + found[0].abs())  # nothing is won by rounding: equally good networks stay even
+        best = found.argmin(0)
         weights = tried[best, torch.arange(count, device=best.device)]
     return weights.to(exact(stacked).dtype)
 
@@ -278,7 +280,7 @@ def simplex_quadratic(curvature: Tensor, linear: Tensor) -> Tensor:
         tensor([[0.7500, 0.2500]])
     """
     count, networks = linear.shape
-    # A trace of curvature where there is none: of equally good weights the most even ones are taken.
+    # A trace of curvature where there is none, so that every system has a solution.
     scale = curvature.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30)
     tiny = 1e-12 if curvature.dtype == torch.float64 else 1e-6
     even = torch.eye(networks, dtype=curvature.dtype, device=curvature.device)

@@ -287,7 +287,7 @@ def copies(root: nn.Module, count: int, seed: int, owner: str) -> list[Network]:
     """
     made = []
     for number in range(count):
-        network = Network(copy.deepcopy(root))
-        reinitialize(network, seed_of(owner, seed, number), f"{owner}: peer {number + 1}")
-        made.append(network)
+        module = copy.deepcopy(root)
+        reinitialize(module, seed_of(owner, seed, number), f"{owner}: peer {number + 1}")
+        made.append(Network(module))
     return made
