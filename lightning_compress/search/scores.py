@@ -137,8 +137,8 @@ def _gradients(root: nn.Module, loss: Loss, batch: Any) -> dict[str, Tensor | No
             )
         if not bool(value.isfinite()):
             raise CompressionError(
-                f"the loss of a calibration batch is {float(value.detach())}, which says nothing about what may go; the "
-                "training has diverged, lower the learning rate"
+                f"the loss of a calibration batch is {float(value.detach())}, which says nothing about what may go: "
+                "the training has diverged, lower the learning rate"
             )
         found = torch.autograd.grad(value, every, allow_unused=True)
     by_id = {id(p): g for p, g in zip(every, found, strict=True)}
