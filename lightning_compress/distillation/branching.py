@@ -71,7 +71,9 @@ class BranchSource(CompanySource):
         if not own:
             return {}
         everything = self.taps.taps[""].calls()
-        features = [f for f, call in zip(self.trunk.features, everything, strict=False) if call.teaches]
+        features = [
+            f for f, call in zip(self.trunk.features, everything, strict=False) if logits_of(call.output).requires_grad
+        ]
         answers: dict[TapSpec, list[Any]] = {}
         for number, branch in enumerate(self.branches, 1):
             with self.as_network(number), in_place(self.taps.root, self.trunk.replays()):
@@ -100,7 +102,7 @@ class BranchSource(CompanySource):
                     output = self._step()
                 finally:
                     self.taps.stop()
-            return output, self.taps.values(TapSpec(), teaching_only=True)
+            return output, [call.output for call in self.teaching_calls()]
         finally:
             kept[:] = mine
 

@@ -22,7 +22,7 @@ from lightning_compress.distillation.cohort import TASKS, CompanyTerm, Tasks, ne
 from lightning_compress.distillation.losses import BATCH, LOGITS
 from lightning_compress.distillation.peers import hidden, reset_metrics, standing_in
 from lightning_compress.distillation.source import follow
-from lightning_compress.distillation.taps import Call, TapSet
+from lightning_compress.distillation.taps import Call, TapSet, logits_of
 from lightning_compress.errors import CompressionError
 from lightning_compress.isolation import isolated_rng
 from lightning_compress.manual import ManualBackward, Nodes
@@ -125,9 +125,11 @@ class CompanySource:
         self.clear()
         self.taps.remove()
 
-    def teaching_calls(self) -> list[Call]:
-        """The student's calls of this step through which a gradient flows."""
-        return self.taps.taps[""].calls(teaching_only=True)
+    def teaching_calls(self, taps: TapSet | None = None) -> list[Call]:
+        """Calls of this step through which a gradient flows: of the student, or of another network by its taps."""
+        taps = taps or self.taps
+        taps.values(TapSpec())  # refuses what was overwritten since
+        return [call for call in taps.taps[""].calls() if logits_of(call.output).requires_grad]
 
     def note_task(self, output: Any) -> bool:
         """Keep the loss that a pass returned; says whether there was one."""
@@ -138,7 +140,7 @@ class CompanySource:
 
     def records(self, terms: Sequence[LossTerm], answers: Mapping[TapSpec, list[Any]]) -> Mapping[str, Any]:
         """Records by term; ``answers`` are those of the other networks."""
-        mine = self.taps.values(TapSpec(), teaching_only=True)
+        mine = [call.output for call in self.teaching_calls()]
         if not mine or not answers:
             return {}
         self.took_part = True
@@ -192,7 +194,7 @@ class PeerSource(CompanySource):
                 output = step()
             told = self.note_task(output)
             # Without a loss (the user skipped the batch) it takes no part in this step.
-            self._seen.append(list(taps.taps[""].calls(teaching_only=True)) if told else [])
+            self._seen.append(self.teaching_calls(taps) if told else [])
             taps.clear()
             reset_metrics(network)
 

@@ -254,7 +254,7 @@ def test_checkpoints(tmp_path: Path) -> None:
     for name in ("small-epoch=1.ckpt", "end.ckpt", "end-small.ckpt"):
         assert set(read(name)["state_dict"]) == set(TinyNet().state_dict()), name
         TinyNet.load_from_checkpoint(tmp_path / name)
-    assert len(read("end.ckpt")["callbacks"]["MutualDistillation"]["networks"]) == 2 * 6
+    assert len(read("end.ckpt")["callbacks"][callback.state_key]["networks"]) == 2 * 6
     assert set(torch.load(lc.strip(tmp_path / "epoch=1.ckpt"))["state_dict"]) == set(TinyNet().state_dict())
     assert same(lc.load_from_checkpoint(TinyNet, tmp_path / "epoch=2.ckpt"), module)
 
