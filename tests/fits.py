@@ -14,6 +14,7 @@ import staged
 import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from online_fits import ONLINE
 
 import lightning_compress as lc
 from lightning_compress import manifest
@@ -67,7 +68,7 @@ class FrozenNorm(TinyNet):
 
     def on_train_start(self) -> None:
         for module in self.modules():
-            if isinstance(module, torch.nn.BatchNorm2d):
+            if isinstance(module, torch.nn.BatchNorm1d | torch.nn.BatchNorm2d):
                 module.eval()
 
 
@@ -235,6 +236,7 @@ TECHNIQUES: dict[str, Callable[[], list[CompressionCallback]]] = {
         Distillation(teacher()), Pruning(0.8, schedule=MASKS), ChannelPruning(keep_macs=0.5, schedule=CUTS),
     ],
 }  # fmt: skip
+TECHNIQUES |= ONLINE
 
 
 def strategy_of(kind: str) -> Any:
@@ -281,7 +283,9 @@ def outcome(module: L.LightningModule, trainer: L.Trainer) -> dict[str, Any]:
     """Weights, structure and masks, as plain data."""
     sharded = any(name in type(trainer.strategy).__name__ for name in ("FSDP", "ModelParallel"))
     StrategyAdapter(trainer).reshard()  # after validation the root group of FSDP2 is still whole
-    norm = torch.tensor(weight_norm(list(module.parameters())), dtype=torch.float64)
+    # Sharded strategies leave other networks in the module, to be saved after the fit too.
+    mine = [p for n, p in module.named_parameters() if not n.startswith(("_lc_Mutual", "_lc_Shared"))]
+    norm = torch.tensor(weight_norm(mine), dtype=torch.float64)
     if sharded:
         dist.all_reduce(norm)
     return {

@@ -22,6 +22,7 @@ from lightning_compress.callbacks.testing import TinyNet, rank, tiny_loader
 NAMES = {
     "control": "none", "soft": "soft masks", "channels": "channels", "initial": "teacher, initial",
     "average": "teacher, average", "phases": "hint, then kd",
+    "mutual": "mutual", "branches": "branches",
     "route": "route", "chain": "chain, by gap",
     "projector": "projector", "everything": "everything", "averaged": "everything, averaged",
     "low_rank": "low rank, automatic", "low_rank_masked": "low rank, masked", "compact": "compact",

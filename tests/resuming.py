@@ -144,6 +144,8 @@ TECHNIQUES: dict[str, Make] = {
     "teacher, path": lambda folder: [Distillation(saved_teacher(folder))],
     "teacher, initial": lambda folder: [Distillation("initial")],
     "teacher, average": lambda folder: [Distillation(lc.EMATeacher(0.7))],
+    "mutual": lambda folder: fits.TECHNIQUES["mutual"](),  # type: ignore[dict-item, return-value]
+    "branches": lambda folder: fits.TECHNIQUES["branches"](),  # type: ignore[dict-item, return-value]
     "hint, then kd": lambda folder: fits.TECHNIQUES["hint, then kd"](),  # type: ignore[dict-item, return-value]
     "projector": lambda folder: [
         Distillation(fits.teacher(), losses=[Feature()], example_inputs=torch.zeros(2, 1, 8, 8))
