@@ -36,7 +36,7 @@ def audit_context(*modules: nn.Module, seed: int = 0) -> Iterator[None]:
         stack.enter_context(isolated_rng(seed))
         stack.enter_context(torch.inference_mode(False))  # first: what restores a model must not make inference tensors
         for module in dict.fromkeys(modules):
-            stack.enter_context(as_found(module))
+            stack.enter_context(as_found(module, watch=False))  # attacks call many small operators
         for parameter in {id(p): p for module in modules for p in module.parameters()}.values():
             parameter.grad = None
             parameter.requires_grad_(False)
