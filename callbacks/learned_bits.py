@@ -131,11 +131,18 @@ class LearnedBitWidths(CompressionCallback):
         """Work out when the choice is made."""
         assert self.resolved is not None
         self._end = run.resolve(Schedule(begin=self.until, curve="constant")).events[0]
-        if self._end <= self.resolved.events[0]:
+        if self._end <= self.resolved.events[0] and not run.is_trial:
             raise CompressionError(
                 f"{self.name}: the search would begin at step {self.resolved.events[0]} and end at step {self._end}; "
                 "let it end later (until=) or begin earlier (schedule=)"
             )
+        held = {id(p) for o in run.trainer.optimizers for group in o.param_groups for p in group["params"]}
+        for layer, found in searched(run.pl_module).items():
+            if id(found.bits.logits) not in held:
+                raise CompressionError(
+                    f"{self.name}: no optimizer has the learned bits of {layer!r}, so nothing would be learned; build "
+                    f"optimizers from self.parameters(), or leave out what is not trained (exclude=({layer!r},))"
+                )
 
     def event(self, run: Coordinator, step: int) -> None:
         """Let the mixtures compute from now on."""

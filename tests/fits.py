@@ -23,6 +23,7 @@ from lightning_compress.callbacks import (
     CompactConversion,
     Distillation,
     JointCompression,
+    LearnedBitWidths,
     LowRank,
     Pruning,
     QuantizationAwareTraining,
@@ -195,6 +196,12 @@ TECHNIQUES: dict[str, Callable[[], list[CompressionCallback]]] = {
     "int8, from the start": lambda: [QuantizationAwareTraining(schedule=lc.Schedule(begin=0))],
     "int8_dynamic": lambda: [QuantizationAwareTraining("int8_dynamic", **QAT)],
     "lsq": lambda: [QuantizationAwareTraining("w2a2_lsq", **QAT)],
+    "learned bits": lambda: [
+        LearnedBitWidths(
+            keep_bytes=0.2, schedule=lc.Schedule(begin=2), until=7, barrier=1.0, temperature=0.1
+        ),
+        QuantizationAwareTraining(weights="none", activations="int8", **QAT),
+    ],
     "percentile": lambda: [
         QuantizationAwareTraining(
             activations=QuantSpec(symmetric=False, observer="percentile", percentile=99.0), **QAT

@@ -172,7 +172,8 @@ class BarrierPenalty(Resolvable):
         """Add the gradient to that of the logits.
 
         Args:
-            parameters: By clean name; those without a gradient are left alone. Sharded ones need all processes.
+            parameters: By clean name, of one optimizer or of all; those without a gradient are left alone. Sharded ones
+                need all processes.
             step: Optimizer step, for scheduled factors.
         """
         logits = {
@@ -181,10 +182,11 @@ class BarrierPenalty(Resolvable):
             for i, name in enumerate(pair)
             if self.layers[layer][i] is not None and name in parameters
         }
-        if missing := [layer for layer in self.layers if (layer, 0) not in logits]:
-            raise CompressionError(f"the learned bits of {missing[0]!r} are not among the parameters that are trained")
-        chances = {key: self._distribution(key, parameter) for key, parameter in logits.items()}
-        sides = {layer: self._sides(layer, chances) for layer in self.layers}
+        every = [(layer, i) for layer, pair in self.layers.items() for i, bits in enumerate(pair) if bits is not None]
+        chances = {key: self._distribution(*key) for key in every}
+        sides = {
+            layer: (chances[layer, 0], chances.get((layer, 1), _certain(chances[layer, 0]))) for layer in self.layers
+        }
         cost = sum(float(p @ self._matrices[layer] @ q) for layer, (p, q) in sides.items())
         pull = self.value_at("barrier", step) * barrier_slope(cost, self.budget, self.softness * self.budget)
         one_hot = self.value_at("one_hot", step)
@@ -194,18 +196,10 @@ class BarrierPenalty(Resolvable):
             own = (matrix @ q, matrix.T @ p)[i]
             _add(parameter, self._through_softmax(chances[layer, i], pull * own, one_hot, layer, i))
 
-    def _distribution(self, key: tuple[str, int], parameter: nn.Parameter) -> Tensor:
-        bits = self.layers[key[0]][key[1]]
+    def _distribution(self, layer: str, index: int) -> Tensor:
+        bits = self.layers[layer][index]
         assert bits is not None
-        return torch.softmax(_full(parameter).double().cpu() / bits.temperature, dim=0)
-
-    def _sides(self, layer: str, chances: Mapping[tuple[str, int], Tensor]) -> tuple[Tensor, Tensor]:
-        p = chances[layer, 0]
-        if self.layers[layer][1] is None:
-            return p, _certain(p)
-        if (layer, 1) not in chances:
-            raise CompressionError(f"the learned bits of the input of {layer!r} are not among the trained parameters")
-        return p, chances[layer, 1]
+        return torch.softmax(_full(bits.logits).double().cpu() / bits.temperature, dim=0)
 
     def _through_softmax(self, p: Tensor, slope: Tensor, one_hot: float, layer: str, index: int) -> Tensor:
         bits = self.layers[layer][index]

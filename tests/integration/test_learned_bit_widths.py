@@ -188,3 +188,22 @@ def test_what_cannot_work_is_said_before_training() -> None:
         fit([search(keep_bytes=0.01)])
     with pytest.raises(CompressionError, match="end later"):
         fit([search(until=1)])
+
+
+class Explicit(TinyNet):
+    """An optimizer of chosen parameters, which are looked up without what callbacks put on layers."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD([p for n, p in self.named_parameters() if "_lc_" not in n], 0.1)
+
+
+def test_probabilities_join_an_optimizer_that_was_built_without_them() -> None:
+    held: list[bool] = []
+
+    class Look(L.Callback):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            ours = {id(found.bits.logits) for found in searched(pl_module).values()}
+            held.append(ours <= {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]})
+
+    L.Trainer(**QUIET, max_epochs=3, callbacks=[search(), Look()]).fit(Explicit(), tiny_loader())
+    assert held == [True]
