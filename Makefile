@@ -28,7 +28,7 @@ install: $(READY)
 $(READY): pyproject.toml
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'Python >= 3.10 is needed, not ' + sys.version)"
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --editable ".[dev,examples,onnx,openvino,int8,wandb]"
+	$(BIN)/python -m pip install --quiet --editable ".[dev,audit,examples,onnx,openvino,int8,wandb]"
 	touch $@
 
 quickstart: $(READY)

@@ -39,6 +39,9 @@ _AUDITS = (
     "forgetting:Forgetting",
     "calibration_shift:Calibration",
     "calibration_shift:OutOfDistribution",
+    "robustness:Robustness",
+    "corruption_robustness:CorruptionRobustness",
+    "robustness_curve:RobustnessCurve",
 )
 
 
@@ -221,9 +224,7 @@ def _checks(context: AuditContext, caveats: list[str]) -> list[Check]:
             named = Check(f"{which}_{check.check}", check.ok, check.detail)
             checks.append(named)
             if not check.ok:
-                caveats.append(
-                    f"The {which} model is not to be trusted ({check.check.replace('_', ' ')}): {check.detail}."
-                )
+                caveats.append(f"The {which} model is not {check.check.replace('_', ' ')}: {check.detail}.")
     return [check for check in checks if not check.ok]
 
 

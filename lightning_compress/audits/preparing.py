@@ -73,8 +73,8 @@ def prepare(request: Request, caveats: list[str]) -> AuditContext:
             handles = {name: _two_columns(handle) for name, handle in handles.items()}
             others = {key: [_two_columns(handle) for handle in group] for key, group in others.items()}
             logits = handles["dense"].predict(few)
-        task = resolve(request.task, logits, found.targets)
-        targets = found.targets.to(torch.long) if two else found.targets
+        targets = found.targets.reshape(-1).to(torch.long) if two else found.targets
+        task = resolve(request.task, logits, take(targets, slice(0, 2)))
         _check_models(handles, few, logits)
         task.check(logits, take(targets, slice(0, 2)))
         _check_labels(task, logits, targets)

@@ -226,6 +226,8 @@ def _grouped(x: Floats, clusters: Values | None) -> tuple[Floats, Floats]:
 
 
 def _resampled(sums: Floats, sizes: Floats, index: NDArray[np.int64]) -> Floats:
+    if (sizes == sizes[0]).all():
+        return np.asarray(sums[index].mean(1) / sizes[0], dtype=np.float64)
     return np.asarray(sums[index].sum(1) / sizes[index].sum(1), dtype=np.float64)
 
 
