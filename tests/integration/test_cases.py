@@ -18,6 +18,7 @@ from lightning_compress.callbacks import ChannelPruning, CompactConversion, Dist
 from lightning_compress.callbacks.base import CompressionCallback
 from lightning_compress.callbacks.testing import TinyNet, tiny_data, tiny_loader
 from lightning_compress.compact.blocks import CompactBlock
+from lightning_compress.errors import CompressionError
 from lightning_compress.low_rank.modules import ChannelConv
 
 X = torch.zeros(2, 1, 8, 8)
