@@ -33,6 +33,7 @@ from lightning_compress.distillation.relations import PKT as PKT
 from lightning_compress.distillation.relations import RKD as RKD
 from lightning_compress.distillation.relations import SP as SP
 from lightning_compress.distillation.replay import Replayed as Replayed
+from lightning_compress.distillation.review import Review as Review
 from lightning_compress.distillation.tokens import TokenKL as TokenKL
 from lightning_compress.errors import CompressionError as CompressionError
 from lightning_compress.exporting import export as export

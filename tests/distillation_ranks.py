@@ -10,6 +10,7 @@ import lightning as L
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
+from torch.utils.data import TensorDataset
 
 import lightning_compress as lc
 from lightning_compress import manifest
@@ -99,6 +100,30 @@ def cached(folder: str | None = "answers") -> dict[str, Any]:
     )  # fmt: skip
     trainer.fit(module, ResumableLoader(tiny_data(), 16 // world, world_size=world, rank=rank() if world > 1 else 0))
     return {"asked": taught.asked, "losses": losses.values, "weights": manifest.digest(dict(module.state_dict()))}
+
+
+class Numbered(TinyNet):
+    """Batches hold each sample's number."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return super().training_step(batch[:2], batch_idx)
+
+
+def remembered() -> dict[str, Any]:
+    """A memory that has to hold what both processes saw."""
+    L.seed_everything(0, verbose=False)
+    world = int(os.environ["WORLD_SIZE"])
+    data = TensorDataset(*tiny_data().tensors, torch.arange(64))
+    crd = lc.CRD("net.7", samples=64, negatives=16, size=8)
+    callback, module = Distillation(fits.teacher(), losses=[crd], example_inputs=fits.X), Numbered()
+    trainer = L.Trainer(
+        devices=world, strategy=DDPStrategy(process_group_backend="gloo"), max_epochs=2, callbacks=[callback],
+        **fits.QUIET,
+    )  # fmt: skip
+    trainer.fit(module, ResumableLoader(data, 16 // world, world_size=world, rank=rank()))
+    memory = module._lc_Distillation_crd.layers["0"].student_memory
+    seen = int(((memory.norm(dim=1) - 1).abs() < 1e-3).sum())
+    return {"weights": manifest.digest(dict(module.state_dict())), "seen": seen}
 
 
 def attribution() -> None:

@@ -10,10 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_compress.distillation.features import Layers, ProjectedTerm, Projector, channel_dim_of
-from lightning_compress.distillation.losses import exact, factor, mean_of, unit
+from lightning_compress.distillation.losses import BATCH, exact, factor, mean_of, unit
+from lightning_compress.distillation.memory import MemoryHead, numbers_of
+from lightning_compress.distillation.tokens import positive
 from lightning_compress.errors import CompressionError
 from lightning_compress.schedule import Scheduled
-from lightning_compress.terms import Records
+from lightning_compress.terms import Records, TapSpecs
 
 _EPS = 1e-5
 _INITIAL_VARIANCE = 5.0
@@ -110,8 +112,8 @@ def crd_loss(student: Tensor, teacher: Tensor, temperature: float = 0.07) -> Ten
     """How well a sample's embedding by the student picks the same sample among the teacher's embeddings.
 
     ``-log softmax_j(<s_i, t_j> / T)`` at ``j = i`` for embeddings of norm 1, averaged over samples. Tian et al. 2020,
-    "Contrastive Representation Distillation", draw thousands of other samples from a memory of the whole data set; here
-    the others are those of the batch (as InfoNCE does), so no memory has to be kept or resumed.
+    "Contrastive Representation Distillation", draw thousands of other samples from a memory of the whole data set (see
+    `memory.memory_nce_loss`); here the others are those of the batch, as InfoNCE does.
 
     Args:
         student: Embeddings, shape ``(B, D)`` with B >= 2.
@@ -161,10 +163,14 @@ class ContrastiveHead(nn.Module):
 
 
 class CRD(ProjectedTerm):
-    """Contrastive distillation with the other samples of the batch, see `crd_loss` for how the paper differs.
+    """Contrastive distillation (Tian et al. 2020): pick the same sample among the teacher's embeddings of many.
 
-    Features with places are averaged over them. It depends on which samples are in the batch: with N processes each
-    contrasts its own samples.
+    Without `samples` the others are those of the batch (`crd_loss`): nothing has to be kept, and with N processes each
+    contrasts its own samples. With `samples` it is the paper's method: embeddings of the whole data set are remembered,
+    by student and by teacher, and `negatives` of them are drawn for each sample (`memory.MemoryHead`). Then batches
+    must hold each sample's number.
+
+    Features with places are averaged over them.
 
     Args:
         layers: ``"auto"``, a name, several names, or a mapping from the student's names to the teacher's; usually the
@@ -173,14 +179,20 @@ class CRD(ProjectedTerm):
         temperature: > 0.
         size: Of the embeddings, >= 1.
         channel_dim: Where the channels are; default: last for ``(B, tokens, D)``, else 1.
+        samples: Size of the data set, to remember it all; ``8 * samples * size`` bytes, which are in the checkpoint
+            too. DDP sends buffers around in each step, so large memories want ``broadcast_buffers=False``.
+        index: Where each sample's number is in the batch: a position or a key.
+        negatives: Samples drawn for each of the batch; 16384 in the paper. ``4 * batch * negatives * size`` bytes are
+            needed while the loss is computed.
+        momentum: How much of an embedding stays when its sample is seen again, in [0, 1); 0.5 in the paper.
         name: Its name in logs.
 
     Raises:
         ValueError: If a number is out of range.
 
     Example:
-        >>> CRD("avgpool", weight=0.8).size
-        128
+        >>> CRD("avgpool", weight=0.8).size, CRD("avgpool", weight=0.8, samples=50_000, index=2).negatives
+        (128, 4096)
     """
 
     def __init__(
@@ -190,28 +202,51 @@ class CRD(ProjectedTerm):
         temperature: float = 0.07,
         size: int = 128,
         channel_dim: int | None = None,
+        samples: int | None = None,
+        index: int | str = 2,
+        negatives: int = 4096,
+        momentum: float = 0.5,
         name: str = "crd",
     ) -> None:
         super().__init__(layers, weight, name, channel_dim, "always")
         if factor(name, "temperature", temperature) == 0 or size < 1:
             raise ValueError(f"temperature and size of {name!r} are above 0; found {temperature!r} and {size!r}")
+        positive(name, "samples", samples)
+        positive(name, "negatives", negatives)
+        if not 0 <= factor(name, "momentum", momentum) < 1:
+            raise ValueError(f"momentum of {name!r} lies in [0, 1); found {momentum!r}")
         self.temperature, self.size = temperature, size
+        self.samples, self.index, self.negatives, self.momentum = samples, index, negatives, momentum
+
+    def taps(self) -> TapSpecs:
+        """The features; with a memory also the batch, for the numbers of its samples."""
+        specs = super().taps()
+        return specs if self.samples is None else TapSpecs((*specs.student, BATCH), specs.teacher)
 
     def make_projector(self, student: int, teacher: int) -> nn.Module:
-        """See `ContrastiveHead`."""
-        return ContrastiveHead(student, teacher, self.size)
+        """See `ContrastiveHead`, and `memory.MemoryHead`."""
+        if self.samples is None:
+            return ContrastiveHead(student, teacher, self.size)
+        seed = torch.initial_seed() % 2**32  # of `build`, the same in all processes
+        return MemoryHead(
+            student, teacher, self.size, self.samples, self.negatives, self.temperature, self.momentum, seed
+        )
 
     def first_layer(self, index: int) -> str:
         """See `ProjectedTerm.first_layer`."""
         return f"layers.{index}.student"
 
     def compute(self, student: Records, teacher: Records, step: int) -> Tensor:
-        """Average `crd_loss` over pairs and calls."""
+        """Average over pairs and calls."""
         assert self.module is not None
-        losses = []
+        losses: list[Tensor] = []
         for features, targets in self.calls(student, teacher):
             pooled = [(self._pooled(s), self._pooled(t)) for s, t in zip(features, targets, strict=True)]
-            losses += [crd_loss(s, t, self.temperature) for s, t in self.module(pooled)]
+            if self.samples is None:
+                losses += [crd_loss(s, t, self.temperature) for s, t in self.module(pooled)]
+            else:
+                numbers = numbers_of(student[BATCH][0], self.index, self.samples, len(features[0]))
+                losses += self.module([(s, t, numbers) for s, t in pooled])
         return mean_of(losses)
 
     def _pooled(self, feature: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from distillation_ranks import Large, cached
 from lightning_compress.callbacks.testing import run_ranks
 
 pytestmark = pytest.mark.distributed
-CASES = ("average", "sharded", "whole", "attribution", "cached")
+CASES = ("average", "sharded", "whole", "attribution", "cached", "remembered")
 
 
 @cache
@@ -41,6 +41,12 @@ def test_what_one_process_asked_the_other_finds() -> None:
     assert alone["asked"] == 4 * 64
     assert first["weights"] == second["weights"]
     assert first["losses"] == pytest.approx(alone["losses"], rel=1e-5)
+
+
+def test_a_memory_holds_what_all_processes_saw_and_is_the_same_on_each() -> None:
+    first, second = launch()["remembered"]
+    assert first["seen"] == second["seen"] == 64
+    assert first["weights"] == second["weights"]  # the memory's buffers too
 
 
 def test_attribution_is_refused_on_sharded_strategies() -> None:
