@@ -51,7 +51,7 @@ def record_of(path: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "recipe", ["dense", "prune", "channel_prune", "quantize", "distil", "distil_in_phases", "all_in_one"]
+    "recipe", ["dense", "prune", "channel_prune", "quantize", "distil", "distil_in_phases", "mutual", "shared", "all_in_one"]
 )
 def test_recipe(recipe: str) -> None:
     """It fits, its checkpoint holds what was asked for, and the checkpoint can be tested and used."""
