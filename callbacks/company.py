@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Literal
@@ -257,6 +258,11 @@ class Company(CompressionCallback):
             exchange.exchange(run, self.name, self.pairs(self._source, chosen))
         title = f"network {chosen}" if chosen else "the student"
         rank_zero_info(f"{self.name}: {title} is exported; {self.monitor} of all: {[round(s, 6) for s in scores]}")
+        folder = getattr(run.trainer.checkpoint_callback, "dirpath", None)
+        if folder:  # whose last file was written before
+            path = os.path.join(folder, f"{self.name}.ckpt")
+            run.trainer.save_checkpoint(path, weights_only=True)
+            rank_zero_info(f"{self.name}: its weights are in {path!r}")
 
     def close(self, run: Coordinator) -> None:
         """Take the other networks off the module; a checkpoint that is written later has them in this state."""
