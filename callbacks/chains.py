@@ -160,7 +160,9 @@ class Chain:
 
     def _switch_parameters(self, run: Coordinator, leg: Leg, journal: Journal) -> None:
         assert self._untrained is not None
-        learner = {id(p) for p in self.members[leg.learner].module.parameters()}
+        # A student that is the whole module has the assistants among its children.
+        trained = [] if leg.learner == self.last else list(self.members[leg.learner].module.parameters())
+        learner = {id(parameter) for parameter in trained}
         projectors = tuple(f"{PREFIX}{leg.source.name}_{term.name}." for term in leg.source.terms)
         for name, parameter in run.pl_module.named_parameters():
             if name.startswith(f"{PREFIX}{self.name}_"):
