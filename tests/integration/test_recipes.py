@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.cli import LightningCLI
+from safetensors.torch import load_file
 from source import ROOT
 
 import lightning_compress as lc
@@ -30,6 +31,7 @@ QUIET = [
     "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.logger=CSVLogger",
     "--trainer.logger.save_dir=logs",
 ]  # fmt: skip
+QUANTIZING = ("quantize", "learned_bits")
 WITH_TEACHER = ("distil", "distil_in_phases", "all_in_one")
 
 
@@ -51,25 +53,55 @@ def record_of(path: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "recipe", ["dense", "prune", "channel_prune", "quantize", "distil", "distil_in_phases", "mutual", "shared", "all_in_one"]
+    "recipe",
+    [
+        "dense",
+        "prune",
+        "channel_prune",
+        "quantize",
+        "learned_bits",
+        "distil",
+        "distil_in_phases",
+        "mutual",
+        "shared",
+        "all_in_one",
+    ],
 )
 def test_recipe(recipe: str) -> None:
     """It fits, its checkpoint holds what was asked for, and the checkpoint can be tested and used."""
     path = fitted(recipe, "--trainer.max_epochs=6")
     edits, masks = record_of(path).get("edits", []), record_of(path).get("masks", {})
-    assert bool(edits) == (recipe in ("channel_prune", "quantize", "all_in_one"))
+    assert bool(edits) == (recipe in ("channel_prune", *QUANTIZING, "all_in_one"))
     assert bool(masks) == (recipe in ("prune", "all_in_one"))
-    model = lc.load(TinyNet(batchnorm=recipe in ("channel_prune", "quantize")), path)
+    model = lc.load(TinyNet(batchnorm=recipe in ("channel_prune", *QUANTIZING)), path)
     if masks:
         weights = [dict(model.named_parameters())[name] for name in masks]
         zeros = sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
         assert zeros == pytest.approx(0.9 if recipe == "prune" else 0.8, abs=0.001)
-    if recipe == "quantize":
+    if recipe in QUANTIZING:
         assert all(q.enabled for q in quantizers(model).values())
     elif edits:
         assert model.net[0].out_channels < 16
     for command in ("validate", "test", "predict") if recipe == "all_in_one" else ("test",):
         run(command, recipe, f"--ckpt_path={path}")
+
+
+def test_recipe_of_several_heads() -> None:
+    run("fit", "dense", "--trainer.max_epochs=1", f"--model={TinyNet.__module__}.TinyHeads")
+    run("fit", "distil_heads", "--trainer.max_epochs=2")
+    path = max(Path().rglob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
+    run("test", "distil_heads", f"--ckpt_path={path}")
+    logged = "".join(file.read_text() for file in Path("logs").rglob("metrics.csv"))
+    assert "Distillation/quarter_kd" in logged
+    assert "Distillation/light_regression" in logged
+
+
+def test_recipe_with_answers_on_disk() -> None:
+    run("fit", "dense", "--trainer.max_epochs=1")
+    for _ in range(2):
+        run("fit", "distil_cached", "--trainer.max_epochs=2")
+    kept = [len(load_file(file)["keys"]) for file in Path("checkpoints/answers").rglob("*.safetensors")]
+    assert kept == [64]
 
 
 @pytest.mark.parametrize("recipe", ["prune", "channel_prune", "distil", "all_in_one"])
