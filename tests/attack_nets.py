@@ -89,7 +89,9 @@ def examples(count: int) -> tuple[Tensor, Tensor, Tensor]:
     return x[3000 : 3000 + count], y[3000 : 3000 + count], example_seeds(range(3000, 3000 + count))
 
 
-def context(compressed: ModelHandle, count: int = 64, reference: ModelHandle | None = None, **more: Any) -> AuditContext:
+def context(
+    compressed: ModelHandle, count: int = 64, reference: ModelHandle | None = None, **more: Any
+) -> AuditContext:
     x, y, _ = examples(count)
     ids = torch.arange(3000, 3000 + count)
     return AuditContext(reference or handle("dense"), compressed, Classification(), x, y, ids, **more)

@@ -26,6 +26,9 @@ MARGINS: dict[str, float] = {
     "forgetting.worst_class": 0.05,
     "calibration.ece_debiased": 0.02,
     "robustness.auc": 0.02,
+    "robustness.robust_accuracy": 0.02,
+    "robustness.embedding_accuracy": 0.02,
+    "robustness.corruption_accuracy": 0.02,
     "explanation.agreement": 0.2,
     "privacy.tpr_at_1_percent": 0.02,
 }

@@ -16,9 +16,9 @@ from lightning_compress.audits.comparing import Indices, compare_statistic
 from lightning_compress.audits.context import AuditContext
 from lightning_compress.audits.corruptions import SEVERITIES, corrupt, names
 from lightning_compress.audits.integrity import determinism
-from lightning_compress.audits.ladder import answers
+from lightning_compress.audits.ladder import MODELS, answers
 from lightning_compress.audits.results import AuditResult, Metric
-from lightning_compress.audits.robustness import MODELS, blocks, raw_inputs
+from lightning_compress.audits.robustness import blocks, raw_inputs, without_options
 
 
 class CorruptionRobustness:
@@ -47,6 +47,8 @@ class CorruptionRobustness:
     def run(self, context: AuditContext) -> AuditResult:
         """Corrupt the inputs and ask both models."""
         started = time.perf_counter()
+        if self.name in context.options:
+            return type(self)(**context.options[self.name]).run(without_options(context))
         x, space = raw_inputs(context)
         seeds = example_seeds(context.ids, context.seed).to(x.device)
         chosen = tuple(self.corruptions or names(x))

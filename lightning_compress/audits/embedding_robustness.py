@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +14,8 @@ from lightning_compress.audits.attacks.noise import example_seeds
 from lightning_compress.audits.attacks.oracle import Oracle
 from lightning_compress.audits.context import AuditContext
 from lightning_compress.audits.handles import ModelHandle, logits_of
-from lightning_compress.audits.ladder import goal_for_tokens
+from lightning_compress.audits.ladder import MODELS, goal_for_tokens
 from lightning_compress.audits.results import AuditResult, Check
-from lightning_compress.audits.robustness import MODELS
 from lightning_compress.errors import CompressionError
 
 
@@ -53,6 +53,8 @@ class EmbeddingRobustness:
     def run(self, context: AuditContext) -> AuditResult:
         """Move the embeddings of both models."""
         started = time.perf_counter()
+        if self.name in context.options:
+            return type(self)(**context.options[self.name]).run(replace(context, options={}))
         seeds = example_seeds(context.ids, context.seed)
         outcome, checks, rows = {}, [], 0
         for name in MODELS:

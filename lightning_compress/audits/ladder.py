@@ -20,6 +20,8 @@ from lightning_compress.audits.handles import InputSpace, ModelHandle
 from lightning_compress.audits.tasks import Task
 from lightning_compress.errors import CompressionError
 
+MODELS = ("dense", "compressed")
+
 
 @dataclass(frozen=True)
 class Threat:

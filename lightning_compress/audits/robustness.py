@@ -13,13 +13,13 @@ from torch import Tensor
 from lightning_compress.audits import sanity
 from lightning_compress.audits.attacks.noise import example_seeds
 from lightning_compress.audits.context import AuditContext
+from lightning_compress.audits.embedding_robustness import EmbeddingRobustness
 from lightning_compress.audits.handles import InputSpace, ModelHandle
 from lightning_compress.audits.integrity import batch_invariance, determinism, twin_fidelity
-from lightning_compress.audits.ladder import Ladder, Rungs, Threat, default_threat
+from lightning_compress.audits.ladder import MODELS, Ladder, Rungs, Threat, default_threat
 from lightning_compress.audits.results import AuditResult, Check, Metric
 from lightning_compress.errors import CompressionError
 
-MODELS = ("dense", "compressed")
 _NUMBERS_AT_ONCE = 20_000_000  # of inputs in one block; an attack holds about six copies
 _FEW = 16
 
@@ -31,6 +31,8 @@ class Robustness:
     ratio) and PGD. One without is attacked straight through its twin, with points of the twin and of the dense model,
     and with a longer Square. Both models get the points of the other, and Square checks that no gradient is hidden.
     What counts is the answer of the deployed model at the worst point that any of these found.
+
+    `options={"robustness": {...}}` of an audit are arguments of this class, and so for the other ones here.
 
     Args:
         eps: Radius in raw units; `None`: 8/255 of the range for images, 5 % of each column for tables, and for l2 a
@@ -69,8 +71,12 @@ class Robustness:
         self.queries = queries
 
     def run(self, context: AuditContext) -> AuditResult:
-        """Attack both models."""
+        """Attack both models; of token models the embeddings, which is a bound and is called so."""
         started = time.perf_counter()
+        if self.name in context.options:
+            return type(self)(**context.options[self.name]).run(without_options(context))
+        if not isinstance(context.inputs, Tensor) or not context.inputs.is_floating_point():
+            return EmbeddingRobustness(batch_size=int(self.settings["batch_size"])).run(context)
         x, space = raw_inputs(context)
         seeds = example_seeds(context.ids, context.seed).to(x.device)
         threat = default_threat(x, space, self.norm, self.eps, **self.settings)
@@ -224,6 +230,11 @@ def raw_inputs(context: AuditContext) -> tuple[Tensor, InputSpace]:
         raise CompressionError("An attack needs the bounds of raw inputs: pass InputSpace(low, high, mean=, std=).")
     space.check(x)
     return x, space
+
+
+def without_options(context: AuditContext) -> AuditContext:
+    """The same audit with settings already applied; what was computed stays."""
+    return replace(context, options={})
 
 
 def blocks(x: Tensor, context: AuditContext) -> Iterator[slice]:

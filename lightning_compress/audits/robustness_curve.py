@@ -19,9 +19,9 @@ from lightning_compress.audits.attacks.oracle import Oracle
 from lightning_compress.audits.attacks.square_search import square
 from lightning_compress.audits.context import AuditContext
 from lightning_compress.audits.handles import ModelHandle
-from lightning_compress.audits.ladder import Threat, default_threat, oracle_of
+from lightning_compress.audits.ladder import MODELS, Threat, default_threat, oracle_of
 from lightning_compress.audits.results import AuditResult, Check
-from lightning_compress.audits.robustness import MODELS, blocks, raw_inputs
+from lightning_compress.audits.robustness import blocks, raw_inputs, without_options
 from lightning_compress.errors import CompressionError
 
 _SHARES = (0.125, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0)
@@ -62,6 +62,8 @@ class RobustnessCurve:
     def run(self, context: AuditContext) -> AuditResult:
         """Follow every example of both models."""
         started = time.perf_counter()
+        if self.name in context.options:
+            return type(self)(**context.options[self.name]).run(without_options(context))
         if context.task.name != "classification":
             raise CompressionError(f"The curve is of classifiers; this is {context.task.name}. Run Robustness instead.")
         x, space = raw_inputs(context)
