@@ -11,11 +11,13 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 
+from lightning_compress import cli
+
 _UNKNOWN = re.compile(r"dot import path string: (\w+)")  # what jsonargparse says of a short name that it does not know
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run ``fit``, ``validate``, ``test`` or ``predict`` from a YAML file.
+    """Run ``fit``, ``validate``, ``test`` or ``predict`` from a YAML file, or ``audit`` or ``compare`` saved models.
 
     Every callback of this package may be named by its class alone (``class_path: Pruning``), and so may losses
     (``class_path: KD``). The rest is `lightning.pytorch.cli.LightningCLI`: the model and the data are classes given by
@@ -25,13 +27,17 @@ def main(args: Sequence[str] | None = None) -> None:
         args: Arguments; default: those of the process.
 
     Raises:
-        SystemExit: If the arguments are wrong or jsonargparse is missing; the message says what to do.
+        SystemExit: If the arguments are wrong or jsonargparse is missing; the message says what to do. Also at the end
+            of ``audit`` and ``compare``, with 1 if a gate says FAIL.
 
     Example:
         >>> main(["fit", "--trainer.max_epochs=many"])
         Traceback (most recent call last):
         SystemExit: 2
     """
+    given = list(sys.argv[1:] if args is None else args)
+    if given and given[0] in cli.COMMANDS:  # these need neither Lightning's command line nor jsonargparse
+        raise SystemExit(cli.main(given))
     for package in ("jsonargparse", "docstring_parser"):  # without the second one help texts are missing
         try:
             importlib.import_module(package)

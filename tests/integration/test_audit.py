@@ -292,7 +292,7 @@ def test_useless_gradients_are_replaced_by_those_of_the_dense_model(digits: Any)
     assert any("mean nothing" in text for text in card.caveats)
 
 
-# ------------------------------------------------------------------------------------------------------- what is refused
+# ---------------------------------------------------------------------------------------------------- what is refused
 def out_of_range(x: Tensor, y: Tensor, dense: nn.Module, small: nn.Module) -> Any:
     return cheap(dense, small, (x, torch.where(torch.arange(len(y)) == 50, 10, y)), space=(0.0, 1.0))
 
