@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_compress.compact.blocks import (
     CompactBlock,
@@ -159,7 +159,7 @@ def start(block: CompactBlock, weight: Tensor, bias: Tensor | None) -> None:
     Raises:
         CompressionError: If the weight is not finite or its decomposition does not converge.
     """
-    for convolution in (conv for conv, _ in block.last()):
+    for convolution in (module for module in block.modules() if isinstance(module, nn.Conv2d)):
         if convolution.bias is not None:
             convolution.bias.zero_()
     if isinstance(block, DepthwiseSeparable):
