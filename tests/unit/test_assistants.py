@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import random
 from typing import Any
 
@@ -58,7 +59,7 @@ def test_sizes_fall() -> None:
     check_sizes(chain(9, 5, 3))
     check_sizes(chain(9, 9, 9))
     check_sizes(chain(3, 9))  # a student may be larger than its teacher: it is what the user wants
-    with pytest.raises(CompressionError, match=r"assistant 1 is larger than assistant 0.*the teacher 27, assistant 0 15"):
+    with pytest.raises(CompressionError, match=r"assistant 1 is larger than assistant 0.*teacher 27, assistant 0 15"):
         check_sizes(chain(9, 5, 7, 3))
     with pytest.raises(CompressionError, match="assistant 0 is larger than the teacher"):
         check_sizes(chain(9, 10, 3))
@@ -70,7 +71,7 @@ def test_sizes_fall() -> None:
 def test_answers_have_one_shape() -> None:
     members = chain(9, 5, 3)
     check_answers(members, [torch.ones(2, 3)] * 3)
-    with pytest.raises(CompressionError, match=r"assistant 0 answers with shape \(2, 5\) and the student with \(2, 3\)"):
+    with pytest.raises(CompressionError, match=r"assistant 0 answers with shape \(2, 5\) and .* \(2, 3\)"):
         check_answers(members, [torch.ones(2, 3), {"logits": torch.ones(2, 5)}, torch.ones(2, 3)])
 
 
@@ -123,7 +124,7 @@ def test_standing_in_is_undone_also_after_an_error() -> None:
 def test_phases_share_the_steps() -> None:
     for begin, total, count, share in [(0, 100, 1, 0.5), (7, 100, 3, 0.25), (0, 16, 2, 0.5)]:
         found = (begin, *phase_boundaries(begin, total, count, share), total)
-        lengths = [b - a for a, b in zip(found, found[1:], strict=False)]
+        lengths = [b - a for a, b in itertools.pairwise(found)]
         assert len(lengths) == count + 1
         assert lengths[-1] == pytest.approx(share * (total - begin), abs=1)
         assert max(lengths[:-1]) - min(lengths[:-1]) <= 1

@@ -137,5 +137,5 @@ def test_a_route_is_of_one_architecture(tmp_path: Path) -> None:
         routes.read_route([*paths, cut])
     bad = nn.Linear(2, 3).state_dict()
     bad["bias"][0] = math.nan
-    with pytest.raises(CompressionError, match="'bias' in .* holds NaN"):
+    with pytest.raises(CompressionError, match=r"'bias' in .* holds NaN"):
         routes.read_route([paths[0], save(tmp_path / "f.ckpt", 6, bad)])
