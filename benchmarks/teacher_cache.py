@@ -1,9 +1,9 @@
 """Does it pay to keep the teacher's answers on disk, and is the loss that of a live teacher?
 
 A narrow convolutional network learns from 1000 digits of MNIST with random shifts and noise, beside a teacher ten
-times as wide, which had three epochs. Epochs are timed in turn, in processor seconds: training alone, with a live teacher, with stored answers (whole, and the five
-most likely classes in half precision), all over the same `Replayed` samples. The loss of every step is compared with the
-live teacher's.
+times as wide, which had three epochs. Epochs are timed in turn, in processor seconds: training alone, with a live
+teacher, with stored answers (whole, and the five most likely classes in half precision), all over the same `Replayed`
+samples. The loss of every step is compared with the live teacher's.
 
 Run: python benchmarks/teacher_cache.py [--rounds 3] [--width 64]
 """
@@ -73,7 +73,7 @@ class Digits(L.LightningModule):
 
 
 class Watch(L.Callback):
-    """Processor seconds of each epoch, which other work on the machine does not change much, and the loss of each step."""
+    """Processor seconds of each epoch (other work on the machine changes them little), and the loss of each step."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []

@@ -80,6 +80,47 @@ class TinyNet(L.LightningModule):
         return optimizer
 
 
+class TinyHeads(TinyNet):
+    """`TinyNet` with a second head, ``"light"``: the mean of the image, besides ``"quarter"``, its class."""
+
+    def __init__(self, width: int = 16, lr: float = 1e-2, optimizer: str = "sgd") -> None:
+        super().__init__(width, lr, optimizer)
+        self.save_hyperparameters()
+        self.light = nn.Linear(4 * width, 1)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+        """Logits (B, 4) and brightness (B, 1)."""
+        features = self.net[:-1](x)
+        return {"quarter": self.net[-1](features), "light": self.light(features)}
+
+    def _loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        x, y = batch
+        found = self(x)
+        return F.cross_entropy(found["quarter"], y) + F.mse_loss(found["light"], Brightness()(x))
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """The sum of both losses."""
+        loss = self._loss(batch)
+        self.log("loss", loss)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Logs ``val_loss``."""
+        self.log("val_loss", self._loss(batch), sync_dist=True)
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Logs ``test_loss``."""
+        self.log("test_loss", self._loss(batch), sync_dist=True)
+
+
+class Brightness(nn.Module):
+    """A teacher that knows one task, by computing it: the mean (B, 1) of images (B, 1, 8, 8)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The mean of each image."""
+        return x.flatten(1).mean(1, keepdim=True)
+
+
 def tiny_data(samples: int = 64, seed: int = 0) -> TensorDataset:
     """Images (N, 1, 8, 8) whose class is the brightest quarter."""
     generator = torch.Generator().manual_seed(seed)

@@ -45,6 +45,7 @@ TECHNIQUES: dict[str, Make] = {
     "distillation, module": lambda folder: fits.TECHNIQUES["distillation"](),
     "distillation, path": lambda folder: [Distillation(saved_teacher(folder))],
     "distillation, initial": lambda folder: [Distillation("initial")],
+    "distillation, answers on disk": lambda folder: [Distillation(fits.teacher(), cache=str(folder / "answers"))],
     "mutual": lambda folder: fits.TECHNIQUES["mutual"](),
     "mutual, masks": lambda folder: fits.TECHNIQUES["mutual, masks"](),
     "branches": lambda folder: fits.TECHNIQUES["branches"](),
