@@ -84,7 +84,7 @@ class Oracle:
                 z = self._call(leaf, where)[: len(piece)]
                 found = None
                 if z.requires_grad:
-                    total = loss(z, y[begin : begin + len(piece)]).sum()
+                    total = loss(z, y[begin : begin + len(piece)].clone()).sum()  # inference tensors cannot be kept
                     found = torch.autograd.grad(total, leaf, allow_unused=True)[0]
                 if found is None:
                     raise CompressionError(
