@@ -58,7 +58,7 @@ class Data:
     def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Small batches, in order."""
         for x, y in zip(self.inputs, self.outputs, strict=True):
-            yield from zip(x.split(size), y.split(size), strict=True)
+            yield from zip(torch.split(x, size), torch.split(y, size), strict=True)
 
 
 @torch.no_grad()
@@ -91,7 +91,7 @@ def _together(inputs: Sequence[Tensor]) -> list[Tensor]:
     by_size: dict[torch.Size, list[Tensor]] = {}
     for x in inputs:
         by_size.setdefault(x.shape[1:], []).append(x)
-    return [batch for same in by_size.values() for batch in torch.cat(same).split(BATCH)]
+    return [batch for same in by_size.values() for batch in torch.split(torch.cat(same), BATCH)]
 
 
 def padded(geometry: Geometry, x: Tensor) -> Tensor:
@@ -134,7 +134,8 @@ def fit(block: CompactBlock, weight: Tensor, bias: Tensor | None, data: Data, st
 def error(block: CompactBlock, data: Data) -> float:
     """The share of the variance of the dense outputs that a block does not reproduce; 0 is exact."""
     lost, total = 0.0, 0.0
-    mean = sum(y.double().sum((0, 2, 3)) for y in data.outputs) / sum(y[:, 0].numel() for y in data.outputs)
+    places = sum(y[:, 0].numel() for y in data.outputs)
+    mean = torch.stack([y.double().sum((0, 2, 3)) for y in data.outputs]).sum(0) / places
     for x, y in data.batches(BATCH):
         lost += float((block(x) - y).double().square().sum())
         total += float((y.double() - mean[:, None, None]).square().sum())
@@ -187,11 +188,11 @@ def _moments(block: nn.Module, conv: nn.Module, data: Data) -> tuple[Tensor, Ten
     finally:
         handle.remove()
     count = sum(v[:, 0].numel() for v in seen)
-    mean = sum(v.sum((0, 2, 3)) for v in seen) / count
-    square = sum((v - mean[:, None, None]).square().sum((0, 2, 3)) for v in seen) / count
-    deviation = torch.as_tensor(square).sqrt()
+    mean = torch.stack([v.sum((0, 2, 3)) for v in seen]).sum(0) / count
+    square = torch.stack([(v - mean[:, None, None]).square().sum((0, 2, 3)) for v in seen]).sum(0) / count
+    deviation = square.sqrt()
     deviation = torch.where(deviation > 1e-6, deviation, torch.ones_like(deviation))  # a dead channel stays as it is
-    return torch.as_tensor(mean).to(data.inputs[0].dtype), deviation.to(data.inputs[0].dtype)
+    return mean.to(data.inputs[0].dtype), deviation.to(data.inputs[0].dtype)
 
 
 # ----------------------------------------------------------------------------------------------------- least squares
@@ -227,8 +228,8 @@ def _solve(block: CompactBlock, conv: nn.Conv2d, centred: bool, rows: slice, dat
     eye = torch.eye(width, dtype=gram.dtype, device=gram.device)
     try:
         change = torch.linalg.solve(gram + ridge[:, None, None] * eye, right).transpose(1, 2)
-    except torch.linalg.LinAlgError as failure:
-        raise CompressionError("the least-squares problem of its block has no solution") from failure
+    except RuntimeError as failure:  # torch.linalg.LinAlgError
+        raise CompressionError(f"the least-squares problem of its block has no solution: {failure}") from failure
     change = change.reshape(conv.out_channels, width)
     if conv.bias is not None:
         conv.bias.add_(change[:, -1].to(conv.bias))
@@ -284,7 +285,7 @@ def insert_norms(plain: CompactBlock, normed: CompactBlock, data: Data) -> None:
     normed.load_state_dict({k: state.get(k, v) for k, v in own.items()})
     for conv_name, norm_name in plain.pairs:
         conv, norm = getattr(plain, conv_name), getattr(normed, norm_name)
-        if not isinstance(norm, nn.BatchNorm2d):
+        if not isinstance(norm, nn.BatchNorm2d) or norm.running_mean is None or norm.running_var is None:
             continue
         mean, deviation = _moments(plain, conv, data)
         bias = torch.zeros_like(mean) if conv.bias is None else conv.bias

@@ -123,8 +123,8 @@ def _svd(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Of a batch of matrices; the largest entry of each right vector is positive, so that signs are always the same."""
     try:
         u, s, vh = torch.linalg.svd(matrices, full_matrices=False)
-    except torch.linalg.LinAlgError as error:
-        raise CompressionError("its singular value decomposition does not converge") from error
+    except RuntimeError as error:  # torch.linalg.LinAlgError
+        raise CompressionError(f"its singular value decomposition fails: {error}") from error
     largest = vh.gather(2, vh.abs().argmax(2, keepdim=True))
     sign = torch.where(largest < 0, -1.0, 1.0).to(s.dtype)
     return u * sign.transpose(1, 2), s, vh * sign

@@ -22,8 +22,9 @@ from lightning_compress.compact import (
     starting,
 )
 from lightning_compress.compact.building import build
+from lightning_compress.compact.candidates import Recorded
 from lightning_compress.compact.costs import Shape, Spec
-from lightning_compress.compact.planning import Settings, spec_for
+from lightning_compress.compact.planning import Settings, make_plan, spec_for
 from lightning_compress.cost import Call, count_macs, count_parameters
 from lightning_compress.errors import CompressionError
 
@@ -162,6 +163,20 @@ def test_weights_that_are_not_finite_are_refused() -> None:
     layer.weight.data[0, 0, 0, 0] = float("nan")
     with pytest.raises(CompressionError, match="not finite"):
         starting.start(build(layer, SPECS[0]), layer.weight, layer.bias)
+
+
+def test_a_decomposition_that_does_not_converge_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layer stays dense, and the reason is told; never is it replaced by something else."""
+
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("linalg.svd: did not converge")
+
+    monkeypatch.setattr(torch.linalg, "svd", fails)
+    model = nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3))
+    settings = Settings("depthwise_separable")
+    plan = make_plan({"1": model[1]}, {}, settings, "weights", Recorded())  # type: ignore[dict-item]
+    assert not plan.specs
+    assert plan.kept == {"1": "its singular value decomposition fails: linalg.svd: did not converge"}
 
 
 # ---------------------------------------------------------------------------------------------------------------- fit
