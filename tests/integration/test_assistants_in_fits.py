@@ -264,7 +264,7 @@ def test_chains_that_cannot_be() -> None:
     refuses(TinyNet(), "add CapacityGap.watch='AssistantDistillation'", *chain(when="gap"))
     refuses(TinyNet(), "'Distilation', and no distillation callback", CapacityGap("Distilation"), *chain())
     refuses(TinyNet(), "3 steps are too few|too few for 1 assistants", *chain(), max_epochs=-1, max_steps=1)
-    refuses(TinyNet(), "phases begin after each other; at=.5, 3.", *chain(assistant, second_assistant, at=[5, 3]))
+    refuses(TinyNet(), "phases begin one after the other; at=.5, 3.", *chain(assistant, second_assistant, at=[5, 3]))
 
 
 def test_another_teacher_is_refused_on_resume(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ QUIET = [
     "--trainer.logger.save_dir=logs",
 ]  # fmt: skip
 QUANTIZING = ("quantize", "learned_bits")
-WITH_TEACHER = ("distil", "distil_in_phases", "all_in_one")
+WITH_TEACHER = ("assistant", "distil", "distil_in_phases", "all_in_one")
 
 
 def run(command: str, recipe: str, *arguments: str) -> None:
@@ -43,6 +43,8 @@ def fitted(recipe: str, *arguments: str) -> Path:
     """The checkpoint that the recipe writes, from a folder in which nothing else was run."""
     if recipe in WITH_TEACHER:
         run("fit", "dense", "--trainer.max_epochs=1")
+    if recipe == "route":
+        run("fit", "record_route", "--trainer.max_epochs=2")
     run("fit", recipe, *arguments)
     return max(Path().rglob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
 
@@ -62,6 +64,8 @@ def record_of(path: Path) -> dict[str, Any]:
         "learned_bits",
         "distil",
         "distil_in_phases",
+        "route",
+        "assistant",
         "mutual",
         "shared",
         "all_in_one",
