@@ -139,7 +139,9 @@ class Coordinator(Clock):
         self.materialized = True
         before = len(manifest.edits_of(self.pl_module))
         self.adapter.in_step(lambda: interplay.check_values(self))
-        if self.stage == "fit" and any(t.needs_unedited_copy() for t in self.techniques):
+        sharded = any(hasattr(p, "device_mesh") for p in self.pl_module.parameters())
+        # Sharded too early there is no copy, and who needs it says what to do.
+        if self.stage == "fit" and not sharded and any(t.needs_unedited_copy() for t in self.techniques):
             self.unedited = self._copy_of_module()
         path = requested_checkpoint(self.trainer)
         path = self.adapter.broadcast(path)
