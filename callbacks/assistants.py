@@ -101,8 +101,9 @@ class AssistantDistillation(Distillation):
         self.optimizer, self.learning_rate = optimizer, learning_rate
         HandOver(optimizer, learning_rate)
         super().__init__(
-            teacher, losses, student, task_weight, placement, example_inputs, allow_teacher_change, name=name
-        )
+            teacher, losses, student, task_weight, placement, example_inputs,
+            allow_teacher_change=allow_teacher_change, name=name,
+        )  # fmt: skip
         if isinstance(teacher, EMATeacher) or teacher == "initial":
             raise ValueError("the teacher of a chain is a trained model of its own; 'initial' and averages are for "
                              "Distillation")  # fmt: skip

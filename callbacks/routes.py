@@ -95,8 +95,9 @@ class RouteDistillation(Distillation):
         self.optimizer, self.learning_rate = optimizer, learning_rate
         HandOver(optimizer, learning_rate)
         super().__init__(
-            checkpoints, losses, student, task_weight, placement, example_inputs, allow_teacher_change, name=name
-        )
+            checkpoints, losses, student, task_weight, placement, example_inputs,
+            allow_teacher_change=allow_teacher_change, name=name,
+        )  # fmt: skip
         paths = [checkpoints] if isinstance(checkpoints, (str, os.PathLike)) else list(checkpoints)
         wrong = next((p for p in paths if not isinstance(p, (str, os.PathLike))), None)
         if wrong is not None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import fits
 import pytest
+import staged_ranks
 import torch
 from equality_cases import CASES, Case, one_process
 
@@ -23,7 +24,11 @@ pytestmark = pytest.mark.distributed
 @cache
 def launch(group: str) -> dict[str, list[Any]]:
     names = [f"equality_cases:{case.name}" for case in CASES if case.group == group]
-    names += {"ddp": ["equality_cases:logged"], "low_rank": ["equality_cases:without_a_new_wrapper"]}.get(group, [])
+    names += {
+        "ddp": ["equality_cases:logged"],
+        "sharded": ["staged_ranks:chain_over_fits"],
+        "low_rank": ["equality_cases:without_a_new_wrapper"],
+    }.get(group, [])
     return run_ranks(names, timeout=280, nodes=group == "nodes")
 
 
@@ -88,6 +93,27 @@ def test_sharded_strategies_refuse_structure_in_mid_fit(name: str) -> None:
     for result in ranks(case_of(name)):
         assert "Three ways out" in result["error"]
         assert "schedule='setup'" in result["error"]
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("fsdp2_refuses_a_chain", "Train the chain in several fits"),
+        ("fsdp1_refuses_a_chain", "Train the chain in several fits"),
+        ("fsdp2_refuses_a_greedy_route", "instead of anchors='greedy'"),
+    ],
+)
+def test_sharded_strategies_refuse_what_looks_at_whole_models_in_mid_fit(name: str, says: str) -> None:
+    for result in ranks(case_of(name)):
+        assert result["error"].startswith("CompressionError")
+        assert says in result["error"]
+
+
+def test_the_way_out_of_a_chain_on_a_sharded_strategy() -> None:
+    one = staged_ranks.chain_in_one_process()
+    for two in launch("sharded")["chain_over_fits"]:
+        assert "error" not in two, two
+        assert two["norms"] == pytest.approx(one["norms"], rel=1e-5)
 
 
 def test_without_a_new_wrapper_the_ranks_drift_apart_in_silence() -> None:
