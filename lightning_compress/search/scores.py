@@ -196,7 +196,7 @@ class _Scoring:
     def _energy(self, f: int) -> np.ndarray:
         total = np.zeros(self.space.families[f].units)
         for name, dim, indices in self.space.gates[f]:
-            squares = _summed(self.tensors[name].double().square(), dim)
+            squares = _summed(_exact(self.tensors[name]).square(), dim)
             if not np.isfinite(squares).all():
                 raise CompressionError(
                     f"{name!r} holds NaN or infinity, so its channels cannot be ranked; the training has diverged "
@@ -215,7 +215,7 @@ class _Scoring:
                 gradient = gradients.get(name)
                 if gradient is not None:
                     self.reached.add(family.key)
-                    change += _summed(gradient.double() * self.tensors[name].double(), dim)[indices].sum(1)
+                    change += _summed(_exact(gradient) * _exact(self.tensors[name]), dim)[indices].sum(1)
             self.channels[f] += change**2
         known = {n: torch.zeros_like(self.tensors[n]) if g is None else g for n, g in gradients.items()}
         for name, (u, s, vh) in self.svd.items():
@@ -224,7 +224,7 @@ class _Scoring:
                 self.reached.add(name)
                 g = self._matrix(weight, weight_of(self.root, weight.unit, known)).to(u.dtype)
                 change_k = (s * ((u.transpose(-1, -2) @ g) * vh).sum(-1)).sum(0)
-                self.directions[name] += change_k.double().square().cpu().numpy()
+                self.directions[name] += change_k.cpu().double().square().numpy()
 
     def _parameters(self, weight: Weight) -> Sequence[str]:
         layer, part = weight.unit.layer, weight.unit.part
@@ -244,6 +244,10 @@ class _Scoring:
         )  # fmt: skip
 
 
+def _exact(value: Tensor) -> Tensor:
+    return value.to(torch.float32 if value.device.type == "mps" else torch.float64)
+
+
 def _summed(value: Tensor, dim: int) -> np.ndarray:
     """Sums over everything but one dimension."""
     found: np.ndarray = value.movedim(dim, 0).reshape(value.shape[dim], -1).sum(1).cpu().numpy()
@@ -251,6 +255,6 @@ def _summed(value: Tensor, dim: int) -> np.ndarray:
 
 
 def _shares(values: Tensor) -> np.ndarray:
-    squares = values.double().square().sum(0).cpu().numpy()
+    squares = values.cpu().double().square().sum(0).numpy()
     shares: np.ndarray = squares / max(squares.sum(), 1e-300)
     return shares

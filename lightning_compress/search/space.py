@@ -43,6 +43,9 @@ class Settings:
         multiple_of: Ranks are multiples of it.
         min_channels: Fewest output channels of a layer.
         min_gain: Factors have to cost less than this share of the dense layer, in (0, 1].
+
+    Raises:
+        ValueError: If the budget counts channels, which directions cannot be counted in, or nothing competes.
     """
 
     budget: Budget
@@ -55,6 +58,12 @@ class Settings:
     multiple_of: int = 8
     min_channels: int = 1
     min_gain: float = 0.9
+
+    def __post_init__(self) -> None:
+        if self.budget.unit == "channels":
+            raise ValueError("a joint budget is keep_macs= or keep_parameters=; directions are no share of channels")
+        if not self.kinds or not set(self.kinds) <= set(KINDS):
+            raise ValueError(f"kinds is a list with one or both of {KINDS}; got {self.kinds!r}")
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,11 @@ from lightning_compress.low_rank import planning
 from lightning_compress.low_rank.costs import observe
 from lightning_compress.low_rank.units import find_units, weight_of
 from lightning_compress.probe import ExampleCall
+from lightning_compress.pruning.budgets import Budget
 from lightning_compress.search.greedy import Greedy
 from lightning_compress.search.joint import plan_joint
 from lightning_compress.search.scores import Scores, score
-from lightning_compress.search.space import State, find_space
+from lightning_compress.search.space import Settings, State, find_space
 
 
 def batches_of(seed: int, dtype: torch.dtype = torch.float32) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -143,6 +144,13 @@ def test_losses_that_say_nothing_are_refused(what: str) -> None:
         plan_joint(model, ExampleCall("", (batches[0][0],)), settings(0.5), loss=loss, batches=lambda: batches)
     assert manifest.equal(model.state_dict(), before)
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+def test_settings_out_of_range() -> None:
+    with pytest.raises(ValueError, match="keep_macs= or keep_parameters="):
+        Settings(Budget(ratio=0.5))
+    with pytest.raises(ValueError, match="kinds is a list"):
+        Settings(Budget(keep_macs=0.5), kinds=["heads"])  # type: ignore[list-item]
 
 
 def test_no_batches_are_refused() -> None:
