@@ -78,6 +78,12 @@ _AFTERWARDS = Verdict(
     "lc.quantize(model, data)",
 )
 
+_AUDIT_LATER = Verdict(
+    "refused, afterwards",
+    "each process holds only a part of the weights. Audit the checkpoint after the fit, with "
+    "`lightning-compress audit`",
+)
+
 CAPABILITIES: dict[str, dict[Kind, Verdict]] = {
     "masks, mid-fit": {
         "single": _YES, "ddp": _YES, "fsdp2": _YES, "fsdp1": _YES, "deepspeed": Verdict("refused", _DEEPSPEED),
@@ -127,6 +133,10 @@ CAPABILITIES: dict[str, dict[Kind, Verdict]] = {
     },
     "learned bit widths": {
         "single": _YES, "ddp": Verdict("yes, re-wrapped"), "fsdp2": _ONE_WIDTH, "fsdp1": _ONE_WIDTH, "deepspeed": _LATER,
+    },
+    "audits during a fit": {
+        "single": _YES, "ddp": Verdict("yes, shared out"), "fsdp2": _AUDIT_LATER, "fsdp1": _AUDIT_LATER,
+        "deepspeed": _AUDIT_LATER,
     },
     "exact resume": {"single": _YES, "ddp": _YES, "fsdp2": _YES, "fsdp1": _YES, "deepspeed": Verdict("not run")},
 }  # fmt: skip

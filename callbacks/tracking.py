@@ -11,6 +11,7 @@ import csv
 import dataclasses
 import json
 import re
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,8 @@ from lightning_compress.exporting import encode
 if TYPE_CHECKING:
     import lightning as L
     from lightning.pytorch.loggers import Logger
+
+    from lightning_compress.audits.scorecard import Scorecard
 
 PREFIX = "compression"
 
@@ -195,6 +198,24 @@ class Tracker:
                     with artifact.new_file("manifest.json") as file:
                         file.write(encode(manifest))
                 logger.experiment.log_artifact(artifact)  # type: ignore[attr-defined]
+
+    def log_report(self, card: Scorecard, name: str) -> None:
+        """Give the scorecard of an audit to W&B: its page as `audit/report`, its files as an artifact; others get none.
+
+        Args:
+            card: The scorecard.
+            name: The artifact's name.
+        """
+        for logger in self._loggers():
+            if _is(logger, "WandbLogger"):
+                import wandb
+
+                logger.experiment.log({"audit/report": wandb.Html(card.to_html(), inject=False)})  # type: ignore[attr-defined]
+                artifact = wandb.Artifact(re.sub(r"[^\w.-]+", "_", name), type="audit-report")
+                with tempfile.TemporaryDirectory() as folder:
+                    for suffix in ("json", "html", "md"):
+                        artifact.add_file(str(card.save(Path(folder) / f"scorecard.{suffix}")))
+                    logger.experiment.log_artifact(artifact)  # type: ignore[attr-defined]
 
 
 def _one_type_a_column(rows: list[list[Any]]) -> list[list[Any]]:

@@ -82,7 +82,7 @@ def _audit(options: argparse.Namespace) -> int:
             raise ValueError(f"a report ends in .html, .json or .md; got {report!r}")
     space = None
     if options.space is not None:
-        space = InputSpace(*options.space, options.mean, options.std)
+        space = InputSpace(options.space[0], options.space[1], options.mean, options.std)
     elif options.mean is not None or options.std is not None:
         raise ValueError("--mean and --std need --space, the range of the raw inputs")
     card = audit(

@@ -198,7 +198,7 @@ def run_audits(
 
 def _run(one: Audit, context: AuditContext) -> AuditResult:
     started = time.perf_counter()
-    if context.budget.is_spent:
+    if context.agree(context.budget.is_spent):  # all processes skip, or none: audits exchange what they found
         return _skipped(one, f"the budget of {context.budget.seconds:g} s ended before it began")
     try:
         result = one.run(context)

@@ -90,8 +90,8 @@ class Comparison:
         body = (
             f"<h1>{len(self.rows)} compressed models</h1>"
             f"<p class=muted>{escape(_label(self.by))} ({higher}) against {escape(_cost_label(self.cost).lower())} "
-            "(less is better). The dashed line joins models that no other beats on both. A rank is one number only where "
-            "the intervals keep a model apart from all others.</p>"
+            "(less is better). The dashed line joins models that no other beats on both. A rank is one number only "
+            "where the intervals keep a model apart from all others.</p>"
             f"{pareto(points, _cost_label(self.cost), _label(self.by))}"
             f"{table(['model', 'rank', _label(self.by), _cost_label(self.cost)], ranks)}"
             f"{f'<ul class=muted>{notes}</ul>' if notes else ''}"

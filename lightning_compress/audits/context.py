@@ -111,7 +111,9 @@ class AuditContext:
         ood: Inputs of another distribution.
         margins: `"family.metric"` -> how much worse is acceptable.
         options: Audit name -> what the user passes on to it.
-        gather: Puts the shares of all processes together along dimension 0, in the order of ids.
+        gather: Puts the shares of all processes together along dimension 0; in the order of ids where the values are of
+            all examples.
+        agree: Whether something is so in any process.
         progress: Is told what is being done, and the share done in [0, 1] or None.
     """
 
@@ -130,6 +132,7 @@ class AuditContext:
     margins: Mapping[str, float] = field(default_factory=lambda: MARGINS)
     options: Mapping[str, Any] = field(default_factory=dict)
     gather: Callable[[Tensor], Tensor] = _alone
+    agree: Callable[[bool], bool] = bool
     progress: Callable[[str, float | None], None] = lambda message, share: None
     _cache: dict[Any, Any] = field(default_factory=dict, repr=False)
 
@@ -158,8 +161,11 @@ class AuditContext:
         for start in range(0, len(self), size):
             if start and self.budget.is_spent:
                 break
-            x = take(self.inputs, torch.tensor(order[start : start + size]))
-            parts.append((self.dense.predict(x), self.compressed.predict(x)))
+            index = torch.tensor(order[start : start + size])
+            x = take(self.inputs, index)
+            known = self._cache.get(id(self.dense))  # the reference may have answered in an earlier audit
+            dense = self.dense.predict(x) if known is None else known[1][index.to(known[1].device)]
+            parts.append((dense, self.compressed.predict(x)))
             self.progress(f"{start + count(x)} of {len(self)} examples", (start + count(x)) / len(self))
         seen = torch.tensor(order[: sum(len(part[0]) for part in parts)])
         kept, back = seen.sort()

@@ -1,0 +1,40 @@
+"""One fit with audits, for one process and for two."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import lightning as L
+import torch
+
+from lightning_compress.callbacks import CompressionAudit
+from lightning_compress.callbacks.testing import TinyNet, tiny_data, tiny_loader
+
+
+def audited(strategy: str = "auto") -> dict[str, Any]:
+    """What the audits of the end found, example by example, and their intervals."""
+    world, rank = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", "1"), ("RANK", "0")))
+    torch.manual_seed(0)
+    model, reference = TinyNet(width=4), TinyNet(width=8)
+    audit = CompressionAudit(reference, data=tiny_data(51, seed=3), space=(-6.0, 6.0), tier=0, examples=20)
+    trainer = L.Trainer(
+        max_epochs=2, accelerator="cpu", devices=1 if world == 1 else world, strategy=strategy, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, callbacks=[audit],
+        use_distributed_sampler=False,
+    )  # fmt: skip
+    trainer.fit(model, tiny_loader(world_size=world, rank=rank), tiny_loader(world_size=world, rank=rank))
+    assert audit.card is not None
+    numbers = {f"{m.family}.{m.name}": (m.value, m.lo, m.hi, m.n) for m in audit.card.metrics() if m.value is not None}
+    outcomes = audit.card.results[0].per_example
+    return {
+        "numbers": numbers,
+        "outcomes": outcomes,
+        "cheap": audit.history,
+        "examples": audit.card.identity["examples"],
+    }
+
+
+def audited_ddp() -> dict[str, Any]:
+    """The same under DDP."""
+    return audited("ddp")
