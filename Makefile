@@ -3,9 +3,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.installed
 
-# Nothing goes over the network. One thread for tests: they are small, and two-process tests share the cores.
+# Nothing goes over the network. One thread for each of the processes that share the tests, a file each; what a file
+# has computed once stays with it.
 OFFLINE := WANDB_MODE=offline HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(OFFLINE) $(BIN)/python -m pytest
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(OFFLINE) $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 CODE := lightning_compress callbacks tests tools $(wildcard examples benchmarks)
 EVIDENCE := $(sort $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)))
