@@ -6,7 +6,7 @@ rates, chosen on 1000 other digits by a seed of its own; the winner is trained w
 remaining 3500. Everything else is as in the papers: DML with two peers and temperature 1, ONE with three branches from
 the second convolution on, KDCL with MinLogit and temperature 2.
 
-Run: python benchmarks/online_distillation.py [--seeds 3] [--epochs 30]
+Run: python benchmarks/online_distillation.py [--seeds 3] [--epochs 20]
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import lightning_compress as lc
 from lightning_compress.callbacks import Distillation, MutualDistillation, SharedDistillation
 
 TUNING_SEED = 1000
-RATES = (3e-3, 1e-2, 3e-2, 1e-1)
+RATES = (3e-2, 1e-1, 3e-1, 1.0)
 HEADS = ["net.3", "net.4", "net.8"]
 
 
@@ -102,7 +102,7 @@ def arms(teacher: nn.Module) -> dict[str, Callable[[int], list[L.Callback]]]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--epochs", type=int, default=20)
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
