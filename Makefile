@@ -31,6 +31,8 @@ $(READY): pyproject.toml
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'Python >= 3.10 is needed, not ' + sys.version)"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --editable ".[dev,audit,examples,onnx,openvino,int8,wandb]"
+	# Only peers in tests. torchattacks asks for an old `requests` that it never imports: without its requirements.
+	$(BIN)/python -m pip install --quiet --no-deps torchattacks==3.5.1 pyautoattack
 	touch $@
 
 quickstart: $(READY)
