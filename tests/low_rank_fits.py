@@ -37,8 +37,8 @@ def run(ours: list[Any], module: Any = TinyNet, extra: Any = (), loader: Any = N
     for callback in ours:
         if isinstance(callback, LowRank):
             callback.on_compression_event = lambda trainer, pl_module, record: events.records.append(record)  # type: ignore[method-assign]
+    path = settings.pop("ckpt_path", None)
     settings = {**fits.QUIET, "max_epochs": 4, "num_sanity_val_steps": 0, **settings}
     trainer = L.Trainer(callbacks=[*ours, events, *extra], **settings)
-    path = settings.pop("ckpt_path", None)
     trainer.fit(module, tiny_loader() if loader is None else loader, ckpt_path=path)
     return trainer, module, events

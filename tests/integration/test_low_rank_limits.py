@@ -10,6 +10,7 @@ import fits
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.callbacks import ModelCheckpoint
 from low_rank_fits import AT, run
 from torch import nn
 
@@ -96,6 +97,45 @@ def test_the_recipe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     model = lc.load(TinyNet(batchnorm=True), path)
     assert isinstance(model.net[3], Factored)
     _cli.main(["test", config, *quiet, f"--ckpt_path={path}"])
+
+
+class Rows(TinyNet):
+    """A recurrent layer, or attention, over the rows of an image; its optimizer keeps moments by position."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(optimizer="AdamW")
+        self.kind, self.stem, self.head = kind, nn.Linear(8, 32), nn.Linear(32, 4)
+        self.net = nn.Identity()  # type: ignore[assignment]
+        attention = kind == "MultiheadAttention"
+        self.body: Any = nn.MultiheadAttention(32, 2, batch_first=True) if attention else getattr(nn, kind)(32, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.stem(x.squeeze(1))
+        if self.kind == "MultiheadAttention":
+            return self.head(self.body(y, y, y)[0].mean(1))
+        return self.head(self.body(y.transpose(0, 1))[0][-1])
+
+
+@pytest.mark.parametrize("state", ["restart", "project"])
+@pytest.mark.parametrize("kind", ["MultiheadAttention", "LSTM", "GRU"])
+def test_layers_of_several_weights_resume_across_the_switch(kind: str, state: Any, tmp_path: Path) -> None:
+    """Optimizers find their state by position: one layer's new parameters have to stand as the model lists them."""
+
+    def ours() -> list[Any]:
+        return [LowRank("ratio", schedule=AT, multiple_of=4, optimizer_state=state)]
+
+    saving = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=8)
+    trainer, straight, _ = run(ours(), Rows(kind), extra=[saving], enable_checkpointing=True)
+    held = [id(p) for p in trainer.optimizers[0].param_groups[0]["params"]]
+    assert held == [id(p) for p in straight.parameters()]
+    resumed = run(ours(), Rows(kind), ckpt_path=tmp_path / "step=8.ckpt")[1]
+    assert manifest.equal(straight.state_dict(), resumed.state_dict())
+
+
+def test_a_rank_above_full_keeps_the_layer_dense() -> None:
+    _, module, events = run([LowRank(10**6, schedule=AT)])
+    assert type(module.net[3]) is nn.Conv2d
+    assert "kept net.3 dense: rank 16 would have 1.11 of its parameters" in events.records[0].notes
 
 
 # ----------------------------------------------------------------------------------------------------------- bad input
