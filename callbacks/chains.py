@@ -98,6 +98,7 @@ class Chain:
         """Leave the user's module as it is without a chain."""
         for leg in self.legs:
             leg.source.close()
+        self.wake()  # for a Trainer that goes on
         for index, companion in enumerate(self.companions):
             run.pl_module._modules.pop(self.child(index), None)
             companion.to("cpu")

@@ -126,6 +126,25 @@ def test_a_named_student_is_left_as_it_was_found_and_assistants_join_its_groups(
     assert groups[2] == [1]
 
 
+def test_the_same_trainer_goes_on_with_its_assistants() -> None:
+    class Pause(L.Callback):
+        def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+            trainer.should_stop = trainer.global_step == 4
+
+    callback = chain(assistant, second_assistant, at=[6, 10])[0]
+    trainer, module = L.Trainer(callbacks=[callback, Pause()], max_epochs=4, **SETTINGS), student()
+    trainer.fit(module, tiny_loader())
+    assert trainer.global_step == 4
+    first = copy.deepcopy(callback._modules[0].state_dict())  # type: ignore[attr-defined]
+    trainer.should_stop = False
+    trainer.fit(module, tiny_loader())
+    assert trainer.global_step == 16
+    kept = [m.state_dict() for m in callback._modules]  # type: ignore[attr-defined]
+    assert not manifest.equal(dict(kept[0]), dict(first))  # it went on to learn, ...
+    assert not manifest.equal(dict(kept[1]), dict(second_assistant().state_dict()))  # ... and then the next did
+    assert [d["outcome"] for d in callback.shared["decisions"]] == [1, 2]
+
+
 def test_files_hold_assistants_only_while_they_are_needed_and_never_among_the_weights(tmp_path: Path) -> None:
     class Saves(L.Callback):
         def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
