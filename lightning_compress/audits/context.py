@@ -30,6 +30,7 @@ MARGINS: dict[str, float] = {
     "robustness.embedding_accuracy": 0.02,
     "robustness.corruption_accuracy": 0.02,
     "explanation.agreement": 0.2,
+    "privacy.auc": 0.02,
     "privacy.tpr_at_1_percent": 0.02,
 }
 

@@ -134,10 +134,11 @@ class Robustness:
         handle: ModelHandle = getattr(context, name)
         y, task, few = context.targets[: len(x)], context.task, slice(0, _FEW)
         checks = [check for check in context.gradients(name).checks() if check.check == "gradient"]
-        checks += [sanity.budget(found), determinism(handle, x[few]), batch_invariance(handle, x[few])]
+        everywhere = _gathered(context, found)
+        checks += [sanity.budget(everywhere), determinism(handle, x[few]), batch_invariance(handle, x[few])]
         if handle.via != "direct":
             checks.append(twin_fidelity(handle, x, task, y))
-        checks += sanity.gradients_beat_the_rest(found)
+        checks += sanity.gradients_beat_the_rest(everywhere)
         if self.sanity:
             own = self._threat(handle, threat)
             checks.append(sanity.nothing_moves(handle, task, x, y, seeds, own))
@@ -265,6 +266,13 @@ def _joined(parts: Sequence[Rungs]) -> Rungs:
         cat([p.inside for p in parts]),
         sum(p.rows for p in parts),
     )
+
+
+def _gathered(context: AuditContext, rungs: Rungs) -> Rungs:
+    """Outcomes of all processes; points stay where they are."""
+    own = replace(rungs, outcome=context.gather(rungs.outcome), inside=context.gather(rungs.inside))
+    own.after = {name: context.gather(left) for name, left in rungs.after.items()}
+    return own
 
 
 def _ladder_table(context: AuditContext, found: dict[str, Rungs]) -> dict[str, Any]:
