@@ -12,11 +12,12 @@ from lightning_compress.callbacks.testing import run_ranks
 
 pytestmark = pytest.mark.distributed
 CASES = ("average", "sharded", "whole", "attribution", "cached", "remembered")
+ONLINE = ("online_ranks:no_copy", "online_ranks:peers_of_ranks")
 
 
 @cache
 def launch() -> dict[str, list[Any]]:
-    return run_ranks([f"distillation_ranks:{name}" for name in CASES], timeout=120)
+    return run_ranks([*(f"distillation_ranks:{name}" for name in CASES), *ONLINE], timeout=120)
 
 
 def test_the_average_is_the_same_on_every_rank_though_statistics_are_not() -> None:
@@ -52,3 +53,15 @@ def test_a_memory_holds_what_all_processes_saw_and_is_the_same_on_each() -> None
 def test_attribution_is_refused_on_sharded_strategies() -> None:
     for result in launch()["attribution"]:
         assert "which sharded parameters cannot take" in result["error"]
+
+
+def test_peers_are_the_same_on_every_rank_whatever_its_seed() -> None:
+    first, second = launch()["peers_of_ranks"]
+    assert first["weights"] == second["weights"]
+    assert first["peers"] == second["peers"]
+    assert len({*first["peers"], first["weights"]}) == 3
+
+
+def test_a_model_that_shards_itself_too_early_has_no_peers() -> None:
+    for result in launch()["no_copy"]:
+        assert "call `lightning_compress.materialize(self.model)` right before `fully_shard`" in result["error"]

@@ -135,3 +135,9 @@ def test_clip_by_norm_under_fsdp1_shows_the_error_of_lightning() -> None:
     for result in ranks(case_of("fsdp1_clip_by_norm")):
         assert result["error"].startswith("MisconfigurationException")
         assert "norm" in result["error"]
+
+
+def test_flat_parameters_of_networks_do_not_change_places() -> None:
+    for result in ranks(case_of("fsdp1_refuses_best")):
+        assert "cut differently for each network" in result["error"]
+        assert "export='main'" in result["error"]
