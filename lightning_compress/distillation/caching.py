@@ -214,15 +214,16 @@ class CachedRunner(TeacherRunner):
             return self._live(call, specs)
         with torch.no_grad():
             keys = sample_keys((call.args, call.kwargs)).cpu()
-        there = self._there(keys, specs, device)
+        there = torch.stack([self._store(spec, device).has(keys) for spec in specs]).all(0)
         self.asked += rows
         self.found += int(there.sum())
-        if bool(there.all()):
-            answer = self._find(keys, specs, device)
-            if answer is not None:
-                self._compare(call, answer, specs)
-                return answer
-        part = torch.arange(rows) if bool(there.all()) or self.is_full() else (~there).nonzero().flatten()
+        answer = self._find(keys, specs, device) if bool(there.all()) else None
+        if self._agreed(answer is not None):
+            assert answer is not None
+            self._compare(call, answer, specs)
+            return answer
+        everything = bool(there.all()) or self.is_full() or self.teacher.is_sharded
+        part = torch.arange(rows) if everything else (~there).nonzero().flatten()
         live = self._keep(keys[part], self._live(_part_of(call, part.to(device)), specs))
         if len(part) == rows:
             return live
@@ -230,18 +231,16 @@ class CachedRunner(TeacherRunner):
         # None if a record turned out to be damaged, or there was no room for one.
         return self._keep(keys, self._live(call, specs)) if answer is None else answer
 
+    def _agreed(self, known: bool) -> bool:
+        """A sharded teacher runs on all processes or on none."""
+        if self.teacher.is_sharded and dist.is_initialized():
+            flag = torch.tensor(int(known), device=next(self.teacher.module.parameters()).device)
+            dist.all_reduce(flag, dist.ReduceOp.MIN)
+            return bool(flag)
+        return known
+
     def _live(self, call: Call, specs: Sequence[TapSpec]) -> dict[TapSpec, Any]:
         return {spec: values[0] for spec, values in super().__call__([call], specs).items()}
-
-    def _there(self, keys: Tensor, specs: Sequence[TapSpec], device: torch.device) -> Tensor:
-        """Which samples are known in all that is wanted."""
-        there = torch.stack([self._store(spec, device).has(keys) for spec in specs]).all(0)
-        if self.teacher.is_sharded and dist.is_initialized():  # it runs on all processes or on none
-            known = torch.tensor(int(there.all()), device=next(self.teacher.module.parameters()).device)
-            dist.all_reduce(known, dist.ReduceOp.MIN)
-            if not known and bool(there.all()):
-                there = torch.zeros_like(there)
-        return there
 
     def _store(self, spec: TapSpec, device: torch.device) -> AnswerStore:
         auto = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
