@@ -42,6 +42,11 @@ _AUDITS = (
     "robustness:Robustness",
     "corruption_robustness:CorruptionRobustness",
     "robustness_curve:RobustnessCurve",
+    "explanations:Explanations",
+    "privacy.membership:Membership",
+    "privacy.inversion:Inversion",
+    "supply_chain:DormantScan",
+    "training_labels:SuspiciousLabels",
 )
 
 
@@ -118,7 +123,7 @@ def audit(
             trained on without compression.
         margins: `"family.metric"` -> how much worse is acceptable; the defaults are in `audits.context.MARGINS`.
         weights: Axis -> weight in the index.
-        options: Audit name -> what is passed on to it.
+        options: Audit name -> arguments of its class, such as ``{"robustness": {"eps": 4 / 255}}``.
         prepare_batch: Takes a batch, returns (inputs, targets).
         select: Takes what a model returns, gives the logits.
         batch_size: Examples a call.
@@ -175,6 +180,7 @@ def run_audits(
     Returns:
         The context, with fewer examples if the budget ended, and one result an audit.
     """
+    audits, context = _configured(audits, context)
     context.budget.start()
     with audit_context(*context.modules, seed=context.seed):
         step("answers of both models")
@@ -194,6 +200,15 @@ def run_audits(
             "and audits that are marked are cut short or left out."
         )
     return context, results
+
+
+def _configured(audits: Sequence[Audit], context: AuditContext) -> tuple[list[Audit], AuditContext]:
+    """Audits with the options that the user passed for them by name."""
+    unknown = sorted(set(context.options) - {one.name for one in audits})
+    if unknown:
+        raise ValueError(f"options are for {unknown}, and the audits are {[one.name for one in audits]}")
+    made = [type(one)(**context.options[one.name]) if one.name in context.options else one for one in audits]
+    return made, replace(context, options={})
 
 
 def _run(one: Audit, context: AuditContext) -> AuditResult:

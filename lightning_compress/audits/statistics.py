@@ -122,7 +122,8 @@ def minimum_detectable_difference(discordance: float, n: int, alpha: float = 0.0
         power: How often it shall see the difference.
 
     Returns:
-        The difference, at most `discordance` (with so few disagreements no test sees anything: the cap is the answer).
+        The difference. With so few disagreements that no test sees anything: how many there would have to be, all in one
+        direction; 1 if even that is not enough.
 
     Example:
         >>> round(minimum_detectable_difference(0.06, 1175), 3)
@@ -133,10 +134,15 @@ def minimum_detectable_difference(discordance: float, n: int, alpha: float = 0.0
     rate = min(max(discordance, 1 / n), 1.0)
     z_alpha, z_beta = float(norm.ppf(1 - alpha / 2)), float(norm.ppf(power))
 
-    def missing(delta: float) -> float:
-        return math.sqrt(n) * delta - z_alpha * math.sqrt(rate) - z_beta * math.sqrt(max(rate - delta**2, 0.0))
+    def missing(delta: float, discordant: float) -> float:
+        return (
+            math.sqrt(n) * delta - z_alpha * math.sqrt(discordant) - z_beta * math.sqrt(max(discordant - delta**2, 0.0))
+        )
 
-    return rate if missing(rate) < 0 else float(brentq(missing, 0.0, rate))
+    if missing(rate, rate) >= 0:
+        return float(brentq(lambda delta: missing(delta, rate), 0.0, rate))
+    # Even if all of them went one way nobody would see it: how many would have to.
+    return 1.0 if missing(1.0, 1.0) < 0 else float(brentq(lambda delta: missing(delta, delta), rate, 1.0))
 
 
 def minimum_detectable_mean(differences: Values, alpha: float = 0.05, power: float = 0.8) -> float:

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.distributed
 
 def test_two_processes_are_one() -> None:
     one = audit_ranks.audited()
-    for found in run_ranks(["audit_ranks:audited_ddp"])["audited_ddp"]:
+    for found in run_ranks(["audit_ranks:audited_ddp"], timeout=280)["audited_ddp"]:
         assert "error" not in found, found
         assert found["examples"] == one["examples"] == 51
         assert found["outcomes"] == one["outcomes"]

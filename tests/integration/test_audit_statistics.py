@@ -105,7 +105,10 @@ def test_the_smallest_visible_difference_is_seen_in_four_of_five_audits() -> Non
 
 
 def test_no_difference_can_be_seen_with_hardly_any_example() -> None:
-    assert minimum_detectable_difference(0.0, 4) == 0.25
+    assert minimum_detectable_difference(0.0, 2) == 1.0
+    needed = minimum_detectable_difference(0.0, 200)
+    assert mcnemar_exact(0, round(needed * 200)) < 0.05  # 8 disagreements, all in one direction
+    assert needed * 200 == pytest.approx((1.96 + 0.84) ** 2, rel=0.05)
 
 
 def test_corrections_agree_with_others() -> None:
