@@ -24,8 +24,8 @@ from lightning_compress.errors import CompressionError
 _VERSION = "3.5."
 _NORMS = {"linf": "Linf", "l2": "L2"}
 _OF_TWO_NORMS = ("APGD", "APGDT", "FAB", "Square")
-# They look for the nearest success, and leave an input as it is if they find none.
-_MAY_STAY = ("VANILA", "CW", "DeepFool", "EADL1", "EADEN", "FAB")
+# They give back the input as it was where they did not succeed.
+_MAY_STAY = ("VANILA", "CW", "DeepFool", "EADL1", "EADEN", "FAB", "APGD", "APGDT", "Square", "AutoAttack")
 _NEAR = 1e-6  # CW searches in the space of artanh, where 0 and 1 are infinitely far away and never move
 
 Settings = Callable[[float, int, int, int], dict[str, Any]]  # of eps in [0, 1], steps, classes, seed
