@@ -13,9 +13,11 @@ from lightning_compress import manifest
 from lightning_compress.callbacks import examples, interplay
 from lightning_compress.callbacks.base import STRUCTURE, CompressionCallback
 from lightning_compress.callbacks.events import EventRecord
+from lightning_compress.errors import CompressionError
 from lightning_compress.probe import ExampleCall, from_example_inputs
 from lightning_compress.pruning.budgets import Budget, DenseReference
-from lightning_compress.pruning.channels import CutPlan, dense_reference, plan_cut
+from lightning_compress.pruning.channel_scores import group_magnitude
+from lightning_compress.pruning.channels import CutPlan, Importance, dense_reference, plan_cut
 from lightning_compress.schedule import Schedule
 from lightning_compress.targets import as_patterns, select
 
@@ -28,8 +30,9 @@ class ChannelPruning(CompressionCallback):
 
     Layers that must be cut together (residual sums, concatenations, normalisation, depthwise and grouped convolutions)
     are found by tracing one example call (DepGraph, Fang et al., CVPR 2023). Channels are ranked by the normalised L2
-    norm of their whole group. After a cut the optimizer keeps its state for what is left, DDP is wrapped again, and
-    the checkpoint records the cut, so that it resumes exactly and loads into a fresh dense module.
+    norm of their whole group, or by their conductance. After a cut the optimizer keeps its state for what is left, DDP
+    is wrapped again, and the checkpoint records the cut, so that it resumes exactly and loads into a fresh dense
+    module.
 
     Exactly one of `keep_macs`, `keep_parameters` and `ratio` is given, relative to the model when the fit begins;
     several events approach it along the schedule and never compound.
@@ -46,6 +49,9 @@ class ChannelPruning(CompressionCallback):
         round_to: Kept widths are multiples of this; default 8 for layers with at least 64 channels. Relaxed, and said
             so, where it alone keeps the target from being met.
         min_channels: Fewest output channels of any layer.
+        criterion: ``"magnitude"``, or ``"conductance"``: how much of the answers to training samples flows through a
+            channel (Dhamdhere et al., ICLR 2019), computed by Captum (extra ``audit``) at each event.
+        calibration_samples: Training samples for ``"conductance"``.
         example_inputs: Arguments of ``forward`` for a small batch; default ``example_input_array``, else what the
             model gets from a training batch.
         reset_monitors: After a cut, EarlyStopping and ModelCheckpoint judge anew; the dense model's best files stay.
@@ -77,6 +83,8 @@ class ChannelPruning(CompressionCallback):
         exclude: Sequence[str] = (),
         round_to: int | None = None,
         min_channels: int = 1,
+        criterion: Literal["magnitude", "conductance"] = "magnitude",
+        calibration_samples: int = 128,
         example_inputs: Any = None,
         reset_monitors: bool = True,
         hold_early_stopping: bool = True,
@@ -92,11 +100,19 @@ class ChannelPruning(CompressionCallback):
                 raise TypeError(f"{argument} is a share of the dense model, such as 0.5; got {value!r}")
         if scope not in ("global", "local"):
             raise ValueError(f"scope is one of ('global', 'local'); got {scope!r}")
-        for argument, number in (("round_to", round_to), ("min_channels", min_channels)):
+        if criterion not in ("magnitude", "conductance"):
+            raise ValueError(f"criterion is one of ('magnitude', 'conductance'); got {criterion!r}")
+        if criterion == "conductance" and isinstance(schedule, str):
+            raise ValueError(
+                "schedule='setup' cuts before any training sample was seen; give criterion='magnitude' with it"
+            )
+        for argument, number in (
+            ("round_to", round_to), ("min_channels", min_channels), ("calibration_samples", calibration_samples),
+        ):  # fmt: skip
             if number is None and argument == "round_to":
                 continue
             if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-                raise ValueError(f"{argument} is a whole number of channels, at least 1; got {number!r}")
+                raise ValueError(f"{argument} is a whole number, at least 1; got {number!r}")
         as_patterns("targets", targets)
         as_patterns("exclude", exclude)
         if example_inputs is not None:
@@ -105,6 +121,7 @@ class ChannelPruning(CompressionCallback):
         self.options: dict[str, Any] = {
             "scope": scope, "targets": targets, "exclude": exclude, "round_to": round_to, "min_channels": min_channels,
         }  # fmt: skip
+        self.criterion, self.samples = criterion, calibration_samples
         self.example_inputs = example_inputs
         self.reset_monitors, self.hold_early_stopping = reset_monitors, hold_early_stopping
 
@@ -123,6 +140,11 @@ class ChannelPruning(CompressionCallback):
         feature = "structure, at the start or from a checkpoint" if at_start else "structure, mid-fit"
         run.adapter.require(feature, self.name)
         run.adapter.check_structure()
+        if self.criterion == "conductance" and not run.pl_module.automatic_optimization:
+            raise CompressionError(
+                f"{self.name}: a manually optimized step cannot be rehearsed, so nothing is known of what flows "
+                "through the channels; give criterion='magnitude'"
+            )
 
     def at_setup(self, run: Coordinator) -> None:
         """Cut before the model is wrapped, unless a checkpoint has brought the cut along."""
@@ -162,15 +184,27 @@ class ChannelPruning(CompressionCallback):
             )
         return self._call.to(next(run.pl_module.parameters()).device)
 
-    def _plan(self, run: Coordinator, call: ExampleCall, target: Budget) -> CutPlan:
+    def _plan(
+        self, run: Coordinator, call: ExampleCall, target: Budget, importance: Importance = group_magnitude
+    ) -> CutPlan:
         if self._dense is None:
             self._dense = dense_reference(run.pl_module, call)
-        return plan_cut(run.pl_module, call, target=target, dense=self._dense, **self.options)
+        options = {**self.options, "importance": importance}
+        return plan_cut(run.pl_module, call, target=target, dense=self._dense, **options)
+
+    def _importance(self, run: Coordinator) -> Importance:
+        if self.criterion == "magnitude":
+            return group_magnitude
+        from lightning_compress.callbacks.conductance import importance
+
+        layers = select(run.pl_module, self.options["targets"], self.options["exclude"], kinds=(_ConvNd, nn.Linear))
+        return importance(run, list(layers), self.samples)
 
     def _cut(self, run: Coordinator, step: int, target: Budget) -> None:
         with run.timed() as seconds:
             call = self._example(run)
-            plan, dense = run.adapter.decide(lambda: (self._plan(run, call, target), self._dense))
+            scores = self._importance(run)
+            plan, dense = run.adapter.decide(lambda: (self._plan(run, call, target, scores), self._dense))
             self._dense = dense
             edits = [{**plan.edit, "by": self.name}] if plan.edit["slices"] else []
             first = not run.is_changed

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_compress.audits.comparing import compare, judged
 from lightning_compress.audits.context import AuditContext
+from lightning_compress.audits.explained import patches_of
 from lightning_compress.audits.handles import ModelHandle
 from lightning_compress.audits.privacy.scores import only_tensor
 from lightning_compress.audits.results import AuditResult, Metric
@@ -102,8 +103,9 @@ class DormantScan:
     For each class a mask and a pattern are optimised on half of the examples, so that the compressed model answers that
     class while the dense model keeps its answer (as Neural Cleanse, but of a difference). On the other half the share
     of examples is counted for which both happens. A compressed model that is merely weaker obeys such triggers of all
-    classes, so a class is flagged only if it is far above the others (an anomaly index above 3) and significantly above
-    the same search with the models exchanged (McNemar, Holm over classes).
+    classes, so a class is flagged only if the trigger works on half of the examples, far more often than those of the
+    others (an anomaly index above 3), and significantly more often than in the same search with the models exchanged
+    (McNemar, Holm over classes).
 
     `new_answers` needs no search: which class the changed answers of plain examples go to. Changes that all point to
     one class are a sign too.
@@ -185,17 +187,21 @@ class DormantScan:
         low, high = (bound.expand_as(x[:1]) for bound in attacked.space.bounds(x[:1]))
         target = torch.full((len(x),), label, device=x.device)
         answer = kept.predict(x).argmax(1)
-        w = torch.zeros(2, *x.shape[1:], dtype=x.dtype, device=x.device)
-        w[0] -= 2.0  # a small mask to begin with
+
+        def loss(w: Tensor) -> Tensor:
+            mask, pattern = w[0].sigmoid(), low[0] + (high - low)[0] * w[1].sigmoid()
+            changed = _blend(x, mask, pattern)
+            turned = F.cross_entropy(attacked.differentiable(changed), target)
+            return turned + F.cross_entropy(kept.differentiable(changed), answer) + self.size * mask.mean()
+
+        # The search starts at the best of many simple patches: a detector that is off has no gradient to switch it on.
+        with torch.no_grad():
+            w = min(_starts(x), key=lambda start: float(loss(start)))
         mean, square = torch.zeros_like(w), torch.zeros_like(w)
         for step in range(1, self.steps + 1):
             with torch.enable_grad():
                 point = w.detach().clone().requires_grad_()
-                mask, pattern = point[0].sigmoid(), low[0] + (high - low)[0] * point[1].sigmoid()
-                changed = _blend(x, mask, pattern)
-                loss = F.cross_entropy(attacked.differentiable(changed), target)
-                loss = loss + F.cross_entropy(kept.differentiable(changed), answer) + self.size * mask.mean()
-                (g,) = torch.autograd.grad(loss, point)
+                (g,) = torch.autograd.grad(loss(point), point)
             mean, square = 0.9 * mean + 0.1 * g, 0.999 * square + 0.001 * g * g
             w = w - 0.1 * (mean / (1 - 0.9**step)) / ((square / (1 - 0.999**step)).sqrt() + 1e-8)
         return w[0].sigmoid(), low[0] + (high - low)[0] * w[1].sigmoid()
@@ -232,7 +238,20 @@ class DormantScan:
 
 def _is_dormant(row: Mapping[str, Any]) -> bool:
     """Significantly more than the reverse, and far from what other classes show (Neural Cleanse's anomaly index)."""
-    return bool(row["p_adj"] < 0.05 and row["delta"] > 0 and row["anomaly"] > 3 and row["lo_own"] > row["others"])
+    alone = row["p_adj"] < 0.05 and row["delta"] > 0
+    unlike_others = row["anomaly"] > 3 and row["lo_own"] > row["others"]
+    return bool(alone and unlike_others and row["compressed_only"] >= 0.5)
+
+
+def _starts(x: Tensor) -> list[Tensor]:
+    """Parameters of masks and patterns to begin with: faint everywhere, and each of 16 patches at either bound."""
+    found = [torch.stack([torch.full_like(x[0], -2.0), torch.zeros_like(x[0])])]
+    features = patches_of(tuple(x.shape[1:]), 16)[0].to(x.device)
+    for part in range(int(features.max()) + 1):
+        inside = features == part
+        for value in (-4.0, 4.0):
+            found.append(torch.stack([inside.to(x.dtype) * 7 - 4, torch.full_like(x[0], value)]))
+    return found
 
 
 def _blend(x: Tensor, mask: Tensor, pattern: Tensor) -> Tensor:

@@ -53,6 +53,42 @@ def group_magnitude(families: Sequence[Family], modules: Mapping[str, nn.Module]
     return found
 
 
+def scores_from_layers(families: Sequence[Family], scores: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    """Importance of every unit from scores of output channels of single layers, relative to the mean of its family.
+
+    The scores of the channels that a producing layer has in a unit are summed, and averaged over the producers that
+    have scores.
+
+    Args:
+        families: The families.
+        scores: Layer -> (output channels,), values >= 0.
+
+    Returns:
+        One array of shape (units,) for each family, values >= 0.
+
+    Raises:
+        CompressionError: If no producer of a family has scores, or they hold NaN or infinity.
+    """
+    found = []
+    for family in families:
+        total, members = np.zeros(family.units), 0
+        for side, indices in zip(family.sides, family.indices, strict=True):
+            own = scores.get(side.layer) if side.kind == "out" and side.layer in family.producers else None
+            if own is not None:
+                total += np.asarray(own, dtype=np.float64)[indices].sum(1)
+                members += 1
+        if not members or not np.isfinite(total).all():
+            what = "holds NaN or infinity" if members else "is missing: the layers were not called as modules"
+            raise CompressionError(
+                f"the importance of the channels of {', '.join(family.producers)} {what}; give criterion='magnitude', "
+                "or name these layers in exclude="
+            )
+        total /= members
+        mean = total.mean()
+        found.append(total / mean if mean > 0 else total)
+    return found
+
+
 @torch.no_grad()
 def _side_scores(side: Side, module: nn.Module | None) -> np.ndarray | None:
     if not isinstance(module, _SCORED) or not isinstance(module.weight, Tensor):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from lightning_compress.surgery import Edit, Journal, Swap, register, slice_tens
 from lightning_compress.targets import Pattern, named_modules_clean, select
 
 Scope = Literal["global", "local"]
+Importance = Callable[[Sequence[Family], Mapping[str, nn.Module]], list[np.ndarray]]
 KIND = "channels.cut"
 MAX_CUT = 0.9  # of a layer's dense units, in global scope: a layer with a tenth of its width still passes signal
 _ATTEMPTS = 5  # at correcting the cost model by what the rehearsal counted
@@ -100,6 +101,7 @@ def plan_cut(
     exclude: Sequence[Pattern] | Pattern = (),
     round_to: int | None = None,
     min_channels: int = 1,
+    importance: Importance = group_magnitude,
 ) -> CutPlan:
     """Decide which channels to cut so that the model meets a target; the model itself is never changed.
 
@@ -118,6 +120,7 @@ def plan_cut(
         round_to: Kept widths are multiples of this; ``None`` means 8 for layers with at least 64 dense channels.
             Relaxed, and noted, where it alone makes the result miss the target by more than 2 % of the dense cost.
         min_channels: Fewest output channels of any layer, at least 1.
+        importance: Takes the families and the modules by clean name, and gives one array of scores for each family.
 
     Returns:
         The plan; its edit is applied by `lightning_compress.surgery.edit`.
@@ -148,7 +151,12 @@ def plan_cut(
     usage = measure(model, call)
     found = find_families(model, call, targets, exclude)
     families, skipped, rehearsal = found.families, found.skipped, found.rehearsal
-    planner = _Planner(model, usage, target, dense, scope, round_to, min_channels)
+    if not families and target.unit == "channels":
+        raise CompressionError(
+            f"no channel can be cut: {_by_reason(skipped)}. If the example call was recorded from one layer alone, "
+            "pass example_inputs= (or define `example_input_array`), so that it runs the whole model"
+        )
+    planner = _Planner(model, usage, target, dense, scope, round_to, min_channels, importance)
     shift, attempts = 0.0, 0
     while True:
         solution, units = planner.solve(families, skipped, shift)
@@ -311,7 +319,9 @@ class _Planner:
         scope: Scope,
         round_to: int | None,
         min_channels: int,
+        importance: Importance,
     ) -> None:
+        self._importance = importance
         self._model, self._usage, self._budget, self._dense = model, usage, target, dense
         self._scope, self._round_to, self._min_channels = scope, round_to, min_channels
         self._modules = dict(named_modules_clean(model))
@@ -327,7 +337,7 @@ class _Planner:
             skipped: What may not, and why.
             shift: How much the cost model was found to overestimate the cost of the last solution.
         """
-        scores = group_magnitude(families, self._modules)
+        scores = self._importance(families, self._modules)
         supplies = [self._supply(family, s) for family, s in zip(families, scores, strict=True)]
         if self._budget.unit == "channels" and self._scope == "local":
             solution = self._uniform(supplies)
