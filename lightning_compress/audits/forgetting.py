@@ -130,8 +130,11 @@ class Forgetting:
             row["q"] = q
         columns = ["class", "n", "dense", "compressed", "delta", "lo", "hi", "p", "q"]
         result.artifacts.append(
-            {"name": "per_class", "kind": "table", "columns": columns, "rows": [[r[c] for c in columns] for r in rows]}
-        )
+            {
+                "name": "per_class", "kind": "table", "columns": [*columns[:5], "low", "high", "p-value", "q-value"],
+                "rows": [[row[c] for c in columns] for row in rows],
+            }
+        )  # fmt: skip
         worst = min(rows, key=lambda row: row["delta"])
         lo, hi = min(row["lo"] for row in rows), min(row["hi"] for row in rows)
         margin = context.margin(self.family, "worst_class")

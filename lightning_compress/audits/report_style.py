@@ -28,7 +28,8 @@ p { margin: 6px 0; max-width: 75ch; }
 .gate.v-pass .chip { color: var(--pass); } .gate.v-fail .chip { color: var(--fail); }
 .gate.v-inconclusive .chip { color: var(--inconclusive); } .gate.v-untrusted .chip { color: var(--untrusted); }
 .gate.v-skipped .chip { color: var(--skipped); }
-.gate h3 { margin: 0; display: flex; justify-content: space-between; gap: 8px; }
+.gate h3 { margin: 0; display: flex; flex-wrap: wrap; justify-content: space-between; gap: 2px 8px;
+  overflow-wrap: normal; }
 .gate p { font-size: .85rem; color: var(--muted); }
 .scroll { overflow-x: auto; margin: 8px 0; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .88rem; }
@@ -37,6 +38,7 @@ th, td { text-align: right; padding: 5px 10px; border-bottom: 1px solid var(--li
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 thead th { color: var(--muted); font-weight: 600; border-bottom: 2px solid var(--line); white-space: nowrap; }
 td .sub { display: block; color: var(--muted); font-size: .8rem; white-space: nowrap; }
+td:first-child .sub { white-space: normal; }
 td.words { text-align: left; min-width: 14em; }
 ul { padding-left: 20px; margin: 6px 0; } li { margin: 3px 0; max-width: 80ch; }
 .bad { color: var(--fail); }

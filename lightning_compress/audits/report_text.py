@@ -24,6 +24,7 @@ QUESTIONS: Mapping[str, str] = {
     "privacy": "Does it give away what it was trained on?",
     "supply_chain": "Does something wake up that slept in the dense model?",
 }
+_SHORT = {word.lower(): word for word in ("AUC", "AUROC", "ECE", "FPR", "IoU", "MACs", "NLL", "OOD", "TPR")}
 MEANINGS: Mapping[str, str] = {
     "PASS": "the whole interval of the change is within the margin",
     "FAIL": "the whole interval of the change is beyond the margin",
@@ -70,8 +71,13 @@ def interval(lo: Any, hi: Any, signed: bool = False) -> str:
 
 
 def title(name: str) -> str:
-    """`robust_accuracy` as `Robust accuracy`."""
-    words = name.replace("_", " ").strip()
+    """A name as words.
+
+    Example:
+        >>> title("robust_accuracy"), title("ood_auroc_energy")
+        ('Robust accuracy', 'OOD AUROC energy')
+    """
+    words = " ".join(_SHORT.get(word, word) for word in name.replace("_", " ").split())
     return words[:1].upper() + words[1:]
 
 

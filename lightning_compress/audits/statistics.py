@@ -122,8 +122,8 @@ def minimum_detectable_difference(discordance: float, n: int, alpha: float = 0.0
         power: How often it shall see the difference.
 
     Returns:
-        The difference. With so few disagreements that no test sees anything: how many there would have to be, all in one
-        direction; 1 if even that is not enough.
+        The difference. With so few disagreements that no test sees anything: the share of them that there would have to
+        be, all in one direction; 1 if even that is not enough.
 
     Example:
         >>> round(minimum_detectable_difference(0.06, 1175), 3)
