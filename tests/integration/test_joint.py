@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import lightning as L
 import pytest
 import torch
 from low_rank_fits import Events
+from source import ROOT
 from torch import nn
 
 import lightning_compress as lc
@@ -21,6 +21,7 @@ from lightning_compress.callbacks import (
     JointCompression,
     Pruning,
     QuantizationAwareTraining,
+    _cli,
 )
 from lightning_compress.callbacks.testing import TinyNet, tiny_loader
 from lightning_compress.cost import Call, count_macs, count_parameters
@@ -134,14 +135,15 @@ def test_the_loss_is_that_of_the_users_own_step() -> None:
     assert logged.count("step") > logged.count("own") == 8
 
 
-def test_a_fit_that_ends_before_the_event_says_so(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_fit_that_ends_before_the_event_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     class Stops(L.Callback):
         def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
             trainer.should_stop = trainer.global_step >= 2
 
-    with caplog.at_level(logging.INFO, "lightning_utilities.core.rank_zero"):
-        _, module, _ = run([joint(schedule=lc.Schedule(begin=6)), Stops()])
-    assert "the fit ended before its event; nothing was removed" in caplog.text
+    said: list[str] = []
+    monkeypatch.setattr("lightning_compress.callbacks.joint.rank_zero_info", said.append)
+    _, module, _ = run([joint(schedule=lc.Schedule(begin=6)), Stops()])
+    assert said == ["JointCompression: the fit ended before its event; nothing was removed"]
     assert not manifest.edits_of(module)
 
 
@@ -257,3 +259,12 @@ def test_what_has_no_complement_is_refused() -> None:
         lc.complementary(TinyNet(), X)
     with pytest.raises(CompressionError, match=r"no layer to prune.*its channels are added to"):
         lc.complementary(Residual(), X, exclude=["inner.*"])
+
+
+@pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
+def test_the_recipe() -> None:
+    options = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.max_epochs=4"]
+    _cli.main(["fit", f"--config={ROOT / 'examples' / 'recipes' / 'joint.yaml'}", *options])
+    path = max(Path().rglob("*.ckpt"), key=lambda file: file.stat().st_mtime_ns)
+    small = lc.load_from_checkpoint(TinyNet, path)
+    assert count_macs(small, Call(X)).total <= 0.4 * count_macs(TinyNet(batchnorm=True), Call(X)).total
