@@ -126,6 +126,34 @@ def remembered() -> dict[str, Any]:
     return {"weights": manifest.digest(dict(module.state_dict())), "seen": seen}
 
 
+def _helpers(kind: str) -> dict[str, Any]:
+    """Terms whose modules hold batch normalisation and a memory, on a sharded model; labels serve as numbers."""
+    terms = [lc.Review(["net.2", "net.6"]), lc.CRD("net.7", samples=8, negatives=16, size=8, index=1)]
+    callback = Distillation(fits.teacher(), losses=terms, example_inputs=fits.X)
+    found = fits.fit([callback], kind, max_epochs=2)
+    return {"losses": found["losses"], "norm": found["norm"]}
+
+
+def helpers_fsdp1() -> dict[str, Any]:
+    return _helpers("fsdp1")
+
+
+def helpers_fsdp2() -> dict[str, Any]:
+    return _helpers("fsdp2")
+
+
+def helpers_ddp() -> dict[str, Any]:
+    return _helpers("ddp")
+
+
+def cached_and_sharded() -> dict[str, Any]:
+    """A teacher that runs on both processes or on none, whatever each has stored."""
+    torch.manual_seed(1)
+    callback = Distillation(Large(), placement="shard", cache=f"answers{rank()}")
+    found = fits.fit([callback], "fsdp2")
+    return {"losses": found["losses"]}
+
+
 def attribution() -> None:
     """Refused: parameters are gone when the outer gradient needs them."""
     fits.fit("attribution", "fsdp2")

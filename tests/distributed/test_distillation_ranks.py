@@ -11,13 +11,16 @@ from distillation_ranks import Large, cached
 from lightning_compress.callbacks.testing import run_ranks
 
 pytestmark = pytest.mark.distributed
-CASES = ("average", "sharded", "whole", "attribution", "cached", "remembered")
+CASES = (
+    "average", "sharded", "whole", "attribution", "cached", "cached_and_sharded", "remembered", "helpers_ddp",
+    "helpers_fsdp1", "helpers_fsdp2",
+)  # fmt: skip
 ONLINE = ("online_ranks:no_copy", "online_ranks:peers_of_ranks")
 
 
 @cache
 def launch() -> dict[str, list[Any]]:
-    return run_ranks([*(f"distillation_ranks:{name}" for name in CASES), *ONLINE], timeout=120)
+    return run_ranks([*(f"distillation_ranks:{name}" for name in CASES), *ONLINE], timeout=280)
 
 
 def test_the_average_is_the_same_on_every_rank_though_statistics_are_not() -> None:
@@ -48,6 +51,19 @@ def test_a_memory_holds_what_all_processes_saw_and_is_the_same_on_each() -> None
     first, second = launch()["remembered"]
     assert first["seen"] == second["seen"] == 64
     assert first["weights"] == second["weights"]  # the memory's buffers too
+
+
+def test_a_sharded_teacher_is_cached_too() -> None:
+    for cached_one, whole in zip(launch()["cached_and_sharded"], launch()["whole"], strict=True):
+        assert cached_one["losses"] == pytest.approx(whole["losses"], rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["fsdp1", "fsdp2"])
+def test_terms_with_statistics_and_memories_train_alike_under_every_strategy(kind: str) -> None:
+    for sharded, ddp in zip(launch()[f"helpers_{kind}"], launch()["helpers_ddp"], strict=True):
+        assert "error" not in sharded, sharded
+        assert sharded["losses"] == pytest.approx(ddp["losses"], rel=1e-4)
+        assert sharded["norm"] == pytest.approx(ddp["norm"], rel=1e-4)
 
 
 def test_attribution_is_refused_on_sharded_strategies() -> None:
