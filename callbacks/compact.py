@@ -48,7 +48,8 @@ class CompactConversion(CompressionCallback):
             inverted residual: default 2) or of the outputs (Fire: default 1/4; shuffle unit: default 1).
         ratio: Instead of it: the widest block with this share of the layer's parameters, in (0, 1).
         groups: Of the 1 x 1 convolutions of a shuffle unit.
-        norm: Batch normalization inside the blocks, beginning as the identity.
+        norm: Batch normalization inside the blocks, beginning as the identity. Default: in all but the depthwise
+            separable one, which has no activation inside.
         init: ``"fit"`` on training samples, ``"weights"`` (closed form, depthwise separable only) or ``"fresh"`` random
             values. Default: the first; with ``schedule="setup"`` and no `calibration` the second where it exists.
         fit_steps: Gradient steps for each layer, on rank 0.
@@ -86,7 +87,7 @@ class CompactConversion(CompressionCallback):
         width: float | None = None,
         ratio: float | None = None,
         groups: int = 2,
-        norm: bool = False,
+        norm: bool | None = None,
         init: Init | None = None,
         fit_steps: int = 100,
         calibration_samples: int = 256,

@@ -170,12 +170,12 @@ TECHNIQUES: dict[str, Callable[[], list[CompressionCallback]]] = {
     ],
     "compact": lambda: [CompactConversion("depthwise_separable", schedule=lc.Schedule(begin=5), fit_steps=0)],
     "compact, fitted": lambda: [
-        CompactConversion("fire", schedule=lc.Schedule(begin=5), fit_steps=4, calibration_samples=48)
+        CompactConversion("fire", schedule=lc.Schedule(begin=5), fit_steps=4, calibration_samples=48, norm=False)
     ],
     "compact at setup": lambda: [CompactConversion("depthwise_separable", schedule="setup")],
     "compact at setup, fresh": lambda: [CompactConversion("shuffle", schedule="setup", init="fresh")],
     "compact, distillation": lambda: [
-        CompactConversion("inverted_residual", width=1.5, schedule=lc.Schedule(begin=5), fit_steps=4),
+        CompactConversion("inverted_residual", width=1.5, schedule=lc.Schedule(begin=5), fit_steps=4, norm=False),
         Distillation(teacher()),
     ],
     "compact, masks": lambda: [

@@ -65,7 +65,7 @@ def convert(
     width: float | None = None,
     ratio: float | None = None,
     groups: int = 2,
-    norm: bool = False,
+    norm: bool | None = None,
     init: Init | None = None,
     fit_steps: int = 100,
     samples: int = SAMPLES,
@@ -97,7 +97,8 @@ def convert(
             inverted residual: default 2) or of the outputs (Fire: default 1/4; shuffle unit: default 1).
         ratio: Instead of it: the widest block with this share of the layer's parameters, in (0, 1).
         groups: Of the 1 x 1 convolutions of a shuffle unit.
-        norm: Batch normalization inside the blocks, beginning as the identity.
+        norm: Batch normalization inside the blocks, beginning as the identity. Default: in all but the depthwise
+            separable one, which has no activation inside.
         init: ``"fit"`` on calibration data, ``"weights"`` (closed form), or ``"fresh"`` random values. Default: the
             first where there are data, else the second where it exists.
         fit_steps: Gradient steps for each layer.
@@ -141,7 +142,7 @@ def convert_with_report(
     width: float | None = None,
     ratio: float | None = None,
     groups: int = 2,
-    norm: bool = False,
+    norm: bool | None = None,
     init: Init | None = None,
     fit_steps: int = 100,
     samples: int = SAMPLES,
@@ -155,7 +156,7 @@ def convert_with_report(
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 32, 3), nn.Flatten(), nn.Linear(512, 2))
         >>> convert_with_report(net, "fire", torch.randn(8, 3, 8, 8), fit_steps=5).report.parameters
-        {'2': (4640, 1448)}
+        {'2': (4640, 1464)}
     """
     settings = Settings(to, width, ratio, groups, norm, init, fit_steps, min_gain)
     example = None if example_inputs is None else from_example_inputs(example_inputs)

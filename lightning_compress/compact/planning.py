@@ -33,7 +33,7 @@ class Settings:
         width: Inner channels as a multiple of the inputs, or for Fire and the shuffle unit of the outputs.
         ratio: Instead of it: share of each layer's parameters that its block may have, in (0, 1).
         groups: Of a shuffle unit.
-        norm: Batch normalization inside.
+        norm: Batch normalization inside; ``None``: in blocks with activations inside.
         init: Where values come from; ``None``: from data where there are some, else from the weights.
         fit_steps: Gradient steps for each layer.
         min_gain: Largest share of a layer's parameters and multiply-accumulates at which a block pays, in (0, 1].
@@ -47,7 +47,7 @@ class Settings:
     width: float | None = None
     ratio: float | None = None
     groups: int = 2
-    norm: bool = False
+    norm: bool | None = None
     init: Init | None = None
     fit_steps: int = 100
     min_gain: float = 0.9
@@ -81,6 +81,11 @@ class Settings:
             )
         if self.norm and self.init == "weights":
             raise ValueError("norm=True needs the statistics of data; use init='fit' or 'fresh'")
+
+    @property
+    def normed(self) -> bool:
+        """Whether there is batch normalization inside: without it blocks with activations train badly."""
+        return self.to not in CLOSED if self.norm is None else self.norm
 
     def resolved(self, data: bool) -> Init:
         """Where values come from, now that it is known whether there are calibration data.
@@ -172,7 +177,7 @@ def spec_for(shape: Shape, settings: Settings) -> Spec | str:
     if shape.inputs % groups or shape.outputs % groups:
         return f"its {shape.inputs} inputs and {shape.outputs} outputs are no multiples of {groups} groups"
     bias = shape.bias or to not in CLOSED  # shifts inside a block have to be undone somewhere
-    base = Spec(to, 1, groups, settings.norm, bias)
+    base = Spec(to, 1, groups, settings.normed, bias)
     if settings.ratio is None:
         width = WIDTHS[to] if settings.width is None else settings.width
         channels: int | None = costs.channels_for(to, shape, width, groups)
@@ -180,7 +185,7 @@ def spec_for(shape: Shape, settings: Settings) -> Spec | str:
         channels = costs.widest(to, shape, settings.ratio, base)
     if channels is None:
         return f"its narrowest block would have more than {settings.ratio} of its parameters"
-    return Spec(to, channels, groups, settings.norm, bias)
+    return Spec(to, channels, groups, settings.normed, bias)
 
 
 def why_not(dense: Any, settings: Settings) -> str | None:
