@@ -116,10 +116,11 @@ def _index(index: Mapping[str, Any] | None) -> str:
         )
     equal = len(set(index["weights"].values())) == 1
     weights = ", ".join(axis if equal else f"{axis} {number(share)}" for axis, share in index["weights"].items())
+    kind = "Equal weights" if equal else "Weights"
     budget = ", ".join(f"{title(key).lower()} {number(value)}" for key, value in (index.get("budget") or {}).items())
     return (
         f"<p><strong>Index {number(index['value'])}</strong> {interval(index.get('lo'), index.get('hi'))}: what is "
-        f"left of the dense model at {escape(budget)}. <span class=muted>{'Equal weights' if equal else 'Weights'}: {escape(weights)}.</span></p>"
+        f"left of the dense model at {escape(budget)}. <span class=muted>{kind}: {escape(weights)}.</span></p>"
     )
 
 

@@ -14,7 +14,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 import lightning_compress as lc
 from lightning_compress import manifest
-from lightning_compress.callbacks import ChannelPruning, CompactConversion, Distillation, JointCompression, Pruning
+from lightning_compress.callbacks import (
+    ChannelPruning,
+    CompactConversion,
+    CompressionAudit,
+    Distillation,
+    JointCompression,
+    Pruning,
+)
 from lightning_compress.callbacks.base import CompressionCallback
 from lightning_compress.callbacks.testing import TinyNet, tiny_data, tiny_loader
 from lightning_compress.compact.blocks import CompactBlock
@@ -69,6 +76,7 @@ TECHNIQUES: dict[str, Make] = {
     "compact, distillation": lambda folder: fits.TECHNIQUES["compact, distillation"](),
     "compact, masks": lambda folder: fits.TECHNIQUES["compact, masks"](),
     "compact, int8": lambda folder: [*fits.TECHNIQUES["compact at setup"](), *fits.TECHNIQUES["int8"]()],
+    "audit": lambda folder: [CompressionAudit(fits.teacher(), tiny_data(32), tier=0), *fits.TECHNIQUES["masks"]()],
     "route": lambda folder: fits.TECHNIQUES["route"](),
     "assistants": lambda folder: fits.TECHNIQUES["chain of four"](),
     "assistant, drawn": lambda folder: fits.TECHNIQUES["chain, drawn"](),
@@ -80,7 +88,7 @@ CUTTING = {name for name in TECHNIQUES if "channels" in name or name in ("everyt
 FACTORING = {name for name in TECHNIQUES if "low rank" in name or name == "joint budget"}
 CONVERTING = {name for name in TECHNIQUES if "compact" in name}
 QUANTIZING = {name for name in TECHNIQUES if "int8" in name or "learned" in name}
-MASKING = {name for name in TECHNIQUES if "masks" in name or name == "everything"}
+MASKING = {name for name in TECHNIQUES if "masks" in name or name in ("everything", "audit")}
 
 
 @pytest.fixture(params=list(TECHNIQUES))

@@ -100,6 +100,18 @@ def test_recipe_of_several_heads() -> None:
     assert "Distillation/light_regression" in logged
 
 
+def test_recipe_of_audits() -> None:
+    path = fitted("audit", "--trainer.max_epochs=4")
+    card = lc.Scorecard.load("scorecard.json")
+    assert card["fidelity.accuracy"].margin == 0.02
+    assert card.identity["examples"] == 64
+    assert Path("scorecard.html").exists()
+    assert not any("space" in text for text in card.caveats)
+    assert type(lc.load_from_checkpoint(TinyNet, path)) is TinyNet  # nothing of the audit is in the checkpoint
+    logged = "".join(file.read_text() for file in Path("logs").rglob("metrics.csv"))
+    assert "audit/forgetting/worst_class_hi" in logged
+
+
 def test_recipe_with_answers_on_disk() -> None:
     run("fit", "dense", "--trainer.max_epochs=1")
     for _ in range(2):
