@@ -116,7 +116,7 @@ class DormantScan:
         size: Weight of the size of the mask: as a share of the input.
         classes: At most that many classes, the first ones.
 
-    References: Wang et al. 2019 (Neural Cleanse, S&P); Hong et al. 2021 (Qu-ANTI-zation, arXiv 2111.03980).
+    References: Wang et al. 2019 (Neural Cleanse, S&P); Hong et al. 2021 (Qu-ANTI-zation, arXiv 2110.13541).
 
     Example:
         >>> DormantScan(steps=10).tier

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import lightning as L
 import pytest
 import torch
+from source import ROOT
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_compress as lc
-from lightning_compress.callbacks import ChannelPruning
+from lightning_compress.callbacks import ChannelPruning, _cli
+from lightning_compress.callbacks.testing import TinyNet
 
 
 class Decoy(L.LightningModule):
@@ -85,3 +89,10 @@ def test_manual_optimization_is_refused_with_the_way_out() -> None:
 def test_wrong_arguments_are_named(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ChannelPruning(keep_macs=0.5, **arguments)
+
+
+def test_the_recipe_cuts_by_conductance() -> None:
+    recipe = ROOT / "examples" / "recipes" / "channel_prune_by_conductance.yaml"
+    _cli.main(["fit", f"--config={recipe}", "--trainer.enable_progress_bar=false", "--trainer.max_epochs=4"])
+    path = max(Path().rglob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
+    assert lc.load(TinyNet(batchnorm=True), path).net[0].out_channels < 16
