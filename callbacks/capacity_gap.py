@@ -83,6 +83,7 @@ class CapacityGap(CompressionCallback):
         self._at = -1
         self._last: int | None = None
         self._run: Coordinator | None = None
+        self._is_chain = False
 
     def check(self, run: Coordinator) -> None:
         """See `CompressionCallback.check`."""
@@ -96,6 +97,7 @@ class CapacityGap(CompressionCallback):
     def attach(self, run: Coordinator) -> None:
         """See `CompressionCallback.attach`."""
         self._run = run
+        self._is_chain = any(t.name == self.watch and hasattr(t, "assistants") for t in run.techniques)
         run.pipeline.watchers.append(self._watch)
 
     def start(self, run: Coordinator) -> None:
@@ -110,7 +112,8 @@ class CapacityGap(CompressionCallback):
     ) -> None:  # fmt: skip
         """See `StepPipeline.watchers`: add up over the batches of one optimizer step."""
         run = self._run
-        if run is None or (source.name != self.watch and source.name.rpartition("_")[0] != self.watch):
+        name = source.name.rpartition("_")[0] if self._is_chain else source.name  # a chain numbers its phases
+        if run is None or name != self.watch:
             return
         step = run.step
         if step % self.every:
