@@ -49,7 +49,7 @@ class SharedDistillation(Company):
             smallest logit relative to the label's), or ``"general"`` (weights by the errors in the last validation).
             Default: ``"gate"`` with `heads`, else ``"minlogit"``.
         weight: Factor of what is learned from the ensemble, >= 0. In a step where it is 0 nothing else is run.
-        temperature: ``T`` > 0; 3 in ONE, 2 in KDCL on CIFAR.
+        temperature: ``T`` > 0; 3 in ONE.
         labels: Where the labels are in a batch: position or key; for ensembles that labels choose.
         student: As for `MutualDistillation`.
         class_dim: Where the classes are.
