@@ -84,7 +84,7 @@ class Settings:
 
     @property
     def normed(self) -> bool:
-        """Whether there is batch normalization inside: without it blocks with activations train badly."""
+        """Whether there is batch normalization inside, as in the papers of most blocks with activations."""
         return self.to not in CLOSED if self.norm is None else self.norm
 
     def resolved(self, data: bool) -> Init:
