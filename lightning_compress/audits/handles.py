@@ -233,8 +233,9 @@ class ModelHandle:
         if self.space is not None and isinstance(x, Tensor) and x.is_floating_point():
             x = self.space.normalize(x)
         run = model.run if not isinstance(model, nn.Module) and hasattr(model, "run") else model
-        device, home = _device(model), next(tensors_in(x)).device
-        x = x if device is None else map_tensors(lambda tensor: tensor.to(device), x)
+        own, home = _weight(model), next(tensors_in(x)).device
+        if own is not None:  # also in its precision: a model in half or double takes no other inputs
+            x = map_tensors(lambda t: t.to(own.device, own.dtype if t.is_floating_point() else t.dtype), x)
         args, kwargs = ((), x) if isinstance(x, Mapping) else (x if isinstance(x, tuple | list) else (x,), {})
         out = run(*args, **kwargs)
         logits = logits_of(out) if self.select is None else self.select(out)
@@ -290,9 +291,9 @@ def _name(model: Any) -> str:
     return type(model).__name__ if not callable(getattr(model, "__name__", None)) else str(model.__name__)
 
 
-def _device(model: Any) -> torch.device | None:
-    """Where a model lives; None if it says nothing (integer modules have no parameters) and takes what it gets."""
+def _weight(model: Any) -> Tensor | None:
+    """A float tensor, which shows where a model lives and in which precision; None if there is none."""
     if not isinstance(model, nn.Module):
         return None
-    tensor: Tensor | None = next(chain(model.parameters(), model.buffers()), None)
-    return None if tensor is None else tensor.device
+    tensors = chain(model.parameters(), model.buffers())
+    return next((tensor for tensor in tensors if tensor.is_floating_point()), None)

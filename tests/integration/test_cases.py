@@ -135,6 +135,7 @@ def check(technique: str, module: L.LightningModule) -> None:
             "compact, masks": 0.8,
             "soft masks": 0.8,
             "everything": 0.8,
+            "audit": 0.8,
             "N:M masks": 0.45,
             "filter masks": 0.35,
         }

@@ -110,6 +110,20 @@ def test_inputs_may_be_dicts_and_tuples() -> None:
     assert take(both, slice(0, 1))["ids"].tolist() == [[0, 1]]
 
 
+@pytest.mark.parametrize("precision", [torch.float64, torch.bfloat16])
+def test_inputs_get_the_precision_of_the_model(precision: torch.dtype) -> None:
+    """The control: the model itself refuses them."""
+    model = net().to(precision)
+    with pytest.raises(RuntimeError):
+        model(X)
+    x = X.clone().requires_grad_()
+    handle = ModelHandle(model, space=SPACE)
+    assert torch.allclose(handle.predict(X).float(), net()(X), atol=0.05)
+    handle.differentiable(x).sum().backward()
+    assert x.grad is not None
+    assert x.grad.dtype == torch.float32
+
+
 def test_a_view_is_a_module_without_a_state() -> None:
     handle = ModelHandle(net(), space=SPACE)
     view = handle.view()
