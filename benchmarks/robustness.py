@@ -41,7 +41,7 @@ from lightning_compress.audits.guard import audit_context
 from lightning_compress.audits.handles import InputSpace, ModelHandle
 from lightning_compress.errors import CompressionError
 from lightning_compress.probe import ExampleCall
-from lightning_compress.quantization.artifact import Int8Artifact
+from lightning_compress.quantization.integer.artifact import Int8Artifact
 
 UNIT = InputSpace(0.0, 1.0)
 EPS = {"linf": 0.1, "l2": 1.0}

@@ -18,7 +18,7 @@ from lightning_compress.audits.handles import InputSpace, ModelHandle
 from lightning_compress.audits.tasks import Classification
 from lightning_compress.isolation import isolated_rng
 from lightning_compress.probe import ExampleCall
-from lightning_compress.quantization.artifact import Int8Artifact
+from lightning_compress.quantization.integer.artifact import Int8Artifact
 
 UNIT = InputSpace(0.0, 1.0)
 EPS = 0.1
