@@ -33,8 +33,8 @@ from _interleaved import describe, wait_until_idle
 import lightning_compress as lc
 from lightning_compress import graphs
 from lightning_compress.probe import ExampleCall
-from lightning_compress.quantization.artifact import Int8Artifact
-from lightning_compress.quantization.runtimes import Runner, compile_program, cpu_saturates
+from lightning_compress.quantization.integer.artifact import Int8Artifact
+from lightning_compress.quantization.integer.runtimes import Runner, compile_program, cpu_saturates
 
 RUNTIMES = ("inductor", "onnxruntime", "openvino")
 CALIBRATION = 4

@@ -34,10 +34,10 @@ from mixed_precision import Net, accuracy, load, loss_of, train
 
 import lightning_compress as lc
 from lightning_compress.callbacks import LearnedBitWidths, QuantizationAwareTraining
-from lightning_compress.quantization.allocation import allocate, uniform
 from lightning_compress.quantization.attachment import quantizers
-from lightning_compress.quantization.choices import byte_costs, choices
-from lightning_compress.quantization.sensitivity import sensitivity
+from lightning_compress.quantization.bits.allocation import allocate, uniform
+from lightning_compress.quantization.bits.choices import byte_costs, choices
+from lightning_compress.quantization.bits.sensitivity import sensitivity
 
 BITS, RATES = (8, 6, 4, 3, 2), (3e-4, 1e-3, 3e-3)
 Arm = Callable[[], list[L.Callback]]

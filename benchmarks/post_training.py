@@ -30,10 +30,10 @@ from torch import Tensor, nn
 
 from lightning_compress.probe import ExampleCall
 from lightning_compress.quantization.post_training import Settings, quantize
-from lightning_compress.quantization.rounding import AdaRoundSettings
 from lightning_compress.quantization.schemes import Scheme
-from lightning_compress.quantization.signal import signal_ratios
 from lightning_compress.quantization.spec import QuantSpec
+from lightning_compress.quantization.toolbox.rounding import AdaRoundSettings
+from lightning_compress.quantization.toolbox.signal import signal_ratios
 
 Data = tuple[Tensor, Tensor]
 WIDTHS = {"W8A8 tensor": (8, "tensor"), "W4A8 tensor": (4, "tensor"), "W4A8 channel": (4, "channel")}

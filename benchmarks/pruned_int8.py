@@ -34,7 +34,7 @@ from _interleaved import describe, interleave, wait_until_idle
 import lightning_compress as lc
 from lightning_compress import graphs
 from lightning_compress.callbacks import ChannelPruning, QuantizationAwareTraining
-from lightning_compress.quantization.runtimes import compile_program
+from lightning_compress.quantization.integer.runtimes import compile_program
 
 RUNTIMES = ("inductor", "onnxruntime", "openvino")
 WIDTHS = (96, 192, 384)

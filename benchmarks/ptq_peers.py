@@ -38,7 +38,7 @@ from int8_agreement import Classifier, Encoder, ResNet, data
 
 import lightning_compress as lc
 from lightning_compress import graphs
-from lightning_compress.quantization.runtimes import compile_program
+from lightning_compress.quantization.integer.runtimes import compile_program
 
 Run = Callable[[Tensor], Tensor]
 

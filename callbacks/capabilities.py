@@ -69,8 +69,8 @@ _FLAT = Verdict(
 _ONE_WIDTH = Verdict(
     "refused",
     "the probabilities that it learns go when the bits are chosen, and its set of parameters is fixed during `fit`. "
-    "Search with strategy='ddp', or choose bits without training (lightning_compress.quantization.allocation) and give "
-    "them as plan= to QuantizationAwareTraining",
+    "Search with strategy='ddp', or choose bits without training (lightning_compress.quantization.bits.allocation) and "
+    "give them as plan= to QuantizationAwareTraining",
 )
 _AFTERWARDS = Verdict(
     "refused, afterwards",
@@ -132,7 +132,8 @@ CAPABILITIES: dict[str, dict[Kind, Verdict]] = {
         "single": _YES, "ddp": _YES, "fsdp2": _YES, "fsdp1": _FLAT, "deepspeed": _LATER,
     },
     "learned bit widths": {
-        "single": _YES, "ddp": Verdict("yes, re-wrapped"), "fsdp2": _ONE_WIDTH, "fsdp1": _ONE_WIDTH, "deepspeed": _LATER,
+        "single": _YES, "ddp": Verdict("yes, re-wrapped"), "fsdp2": _ONE_WIDTH, "fsdp1": _ONE_WIDTH,
+        "deepspeed": _LATER,
     },
     "audits during a fit": {
         "single": _YES, "ddp": Verdict("yes, shared out"), "fsdp2": _AUDIT_LATER, "fsdp1": _AUDIT_LATER,

@@ -16,10 +16,11 @@ from lightning_compress.callbacks.events import EventRecord
 from lightning_compress.cost import count_macs
 from lightning_compress.errors import CompressionError
 from lightning_compress.probe import from_example_inputs
-from lightning_compress.quantization import attachment, choices
+from lightning_compress.quantization import attachment
 from lightning_compress.quantization.attachment import SEARCH
-from lightning_compress.quantization.bit_search import Searched, choose_edit, search_edit, searched
-from lightning_compress.quantization.learned_bits import BarrierPenalty
+from lightning_compress.quantization.bits import choices
+from lightning_compress.quantization.bits.bit_search import Searched, choose_edit, search_edit, searched
+from lightning_compress.quantization.bits.learned_bits import BarrierPenalty
 from lightning_compress.quantization.spec import parse
 from lightning_compress.schedule import Schedule
 from lightning_compress.targets import as_patterns, select
@@ -37,7 +38,7 @@ class LearnedBitWidths(CompressionCallback):
     model; a barrier on their expected cost keeps them within the budget. At `until` every layer takes its most probable
     candidate, or the most probable choice that fits if that does not, and trains on with it alone. The choice is a
     recorded decision. Activations stay as they are: give them to `QuantizationAwareTraining(weights="none")` beside
-    this callback. See `lightning_compress.quantization.allocation` for choosing bits without training.
+    this callback. See `lightning_compress.quantization.bits.allocation` for choosing bits without training.
 
     Args:
         candidates: What each weight may become, two or more: ``"int8"`` down to ``"int2"``, ``"binary"``,

@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from lightning_compress.compact.conversion import convert as convert
 from lightning_compress.audits.audit import audit as audit
 from lightning_compress.audits.handles import InputSpace as InputSpace
 from lightning_compress.audits.handles import ModelHandle as ModelHandle
 from lightning_compress.audits.scorecard import Scorecard as Scorecard
+from lightning_compress.compact.conversion import convert as convert
 from lightning_compress.cost import Cost as Cost
 from lightning_compress.decisions import Decisions as Decisions
 from lightning_compress.distillation.attribution import AttributionMatching as AttributionMatching
@@ -42,7 +42,7 @@ from lightning_compress.loading import load_from_checkpoint as load_from_checkpo
 from lightning_compress.loading import strip as strip
 from lightning_compress.manifest import materialize as materialize
 from lightning_compress.manual import ManualBackward as ManualBackward
-from lightning_compress.quantization.artifact import Int8Artifact as Int8Artifact
+from lightning_compress.quantization.integer.artifact import Int8Artifact as Int8Artifact
 from lightning_compress.quantization.post_training import quantize as quantize
 from lightning_compress.quantization.spec import QuantSpec as QuantSpec
 from lightning_compress.schedule import Schedule as Schedule

@@ -18,7 +18,7 @@ from lightning_compress.audits.handles import InputSpace
 from lightning_compress.audits.scorecard import Scorecard
 from lightning_compress.errors import CompressionError
 from lightning_compress.loading import load_from_checkpoint
-from lightning_compress.quantization.artifact import Int8Artifact
+from lightning_compress.quantization.integer.artifact import Int8Artifact
 from lightning_compress.writing import whole
 
 COMMANDS = ("audit", "compare")

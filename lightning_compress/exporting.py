@@ -130,7 +130,7 @@ def _export_integers(
     dynamic_batch: bool,
     opset_version: int | None,
 ) -> Path:
-    from lightning_compress.quantization.artifact import Int8Artifact
+    from lightning_compress.quantization.integer.artifact import Int8Artifact
 
     if kind == "safetensors":
         raise ValueError(

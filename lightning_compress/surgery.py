@@ -34,7 +34,7 @@ _TECHNIQUES = {
     "channels": "lightning_compress.pruning.channels",
     "compact": "lightning_compress.compact.replacement",
     "low_rank": "lightning_compress.low_rank.compaction",
-    "quantization": "lightning_compress.quantization.bit_search",
+    "quantization": "lightning_compress.quantization.bits.bit_search",
 }
 _KINDS: dict[str, ApplyEdit] = {}
 

@@ -21,7 +21,7 @@ def audited(strategy: str = "auto") -> dict[str, Any]:
     trainer = L.Trainer(
         max_epochs=2, accelerator="cpu", devices=1 if world == 1 else world, strategy=strategy, logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, callbacks=[audit],
-        use_distributed_sampler=False,
+        use_distributed_sampler=False, precision="64-true",
     )  # fmt: skip
     trainer.fit(model, tiny_loader(world_size=world, rank=rank), tiny_loader(world_size=world, rank=rank))
     assert audit.card is not None

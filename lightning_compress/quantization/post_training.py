@@ -16,18 +16,18 @@ from lightning_compress.layers import get_transform
 from lightning_compress.probe import ExampleCall, from_example_inputs, record_call
 from lightning_compress.quantization import attachment
 from lightning_compress.quantization.attachment import TRANSFORM
-from lightning_compress.quantization.calibration import calls_from, observe
-from lightning_compress.quantization.channels import has_rows
-from lightning_compress.quantization.correction import correct_biases, reestimate_batch_norm
-from lightning_compress.quantization.equalization import equalize
-from lightning_compress.quantization.grids import masked_weights
 from lightning_compress.quantization.quantizers import Quantizer
-from lightning_compress.quantization.rounding import AdaRoundSettings
 from lightning_compress.quantization.schemes import Scheme, ordered, read_scheme
-from lightning_compress.quantization.signal import Ratio, signal_ratios
-from lightning_compress.quantization.smoothing import smooth
 from lightning_compress.quantization.spec import ObserverName, QuantSpec
-from lightning_compress.quantization.weight_steps import GPTQSettings, round_by_adaround, round_by_gptq
+from lightning_compress.quantization.toolbox.calibration import calls_from, observe
+from lightning_compress.quantization.toolbox.channels import has_rows
+from lightning_compress.quantization.toolbox.correction import correct_biases, reestimate_batch_norm
+from lightning_compress.quantization.toolbox.equalization import equalize
+from lightning_compress.quantization.toolbox.grids import masked_weights
+from lightning_compress.quantization.toolbox.rounding import AdaRoundSettings
+from lightning_compress.quantization.toolbox.signal import Ratio, signal_ratios
+from lightning_compress.quantization.toolbox.smoothing import smooth
+from lightning_compress.quantization.toolbox.weight_steps import GPTQSettings, round_by_adaround, round_by_gptq
 from lightning_compress.targets import get_submodule_clean
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)

@@ -13,12 +13,12 @@ from lightning_compress import manifest
 from lightning_compress.encoding import decode, encode
 from lightning_compress.errors import CompressionError
 from lightning_compress.probe import ExampleCall
-from lightning_compress.quantization import artifact as artifacts
-from lightning_compress.quantization.artifact import Int8Artifact
-from lightning_compress.quantization.lockstep import wilson
-from lightning_compress.quantization.lowering import lower
-from lightning_compress.quantization.reduction import without_saturation
-from lightning_compress.quantization.runtimes import compile_program
+from lightning_compress.quantization.integer import artifact as artifacts
+from lightning_compress.quantization.integer.artifact import Int8Artifact
+from lightning_compress.quantization.integer.lockstep import wilson
+from lightning_compress.quantization.integer.lowering import lower
+from lightning_compress.quantization.integer.reduction import without_saturation
+from lightning_compress.quantization.integer.runtimes import compile_program
 
 
 class Net(nn.Module):

@@ -10,8 +10,8 @@ import lightning_compress as lc
 from lightning_compress.calibration import calibration_calls
 from lightning_compress.errors import CompressionError
 from lightning_compress.probe import ExampleCall
-from lightning_compress.quantization.artifact import Int8Artifact
-from lightning_compress.quantization.runtime_reference import integer_layers
+from lightning_compress.quantization.integer.artifact import Int8Artifact
+from lightning_compress.quantization.integer.runtime_reference import integer_layers
 
 
 class Net(nn.Module):

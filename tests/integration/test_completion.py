@@ -10,8 +10,8 @@ from quantized_nets import NETS, image_calls, quantized
 from torch import Tensor, fx, nn
 
 from lightning_compress.probe import ExampleCall
-from lightning_compress.quantization.lowering import Lowered, lower
-from lightning_compress.quantization.qdq import (
+from lightning_compress.quantization.integer.lowering import Lowered, lower
+from lightning_compress.quantization.integer.qdq import (
     DEQUANTIZE,
     DEQUANTIZE_CHANNELS,
     QUANTIZE,

@@ -11,8 +11,8 @@ from quantized_nets import quantized
 from torch import Tensor, nn
 
 from lightning_compress.probe import ExampleCall
-from lightning_compress.quantization.lowering import lower
-from lightning_compress.quantization.reduction import without_saturation
+from lightning_compress.quantization.integer.lowering import lower
+from lightning_compress.quantization.integer.reduction import without_saturation
 
 pytestmark = [pytest.mark.needs_compiler, pytest.mark.slow]
 

@@ -16,7 +16,7 @@ from lightning_compress.callbacks import LearnedBitWidths, QuantizationAwareTrai
 from lightning_compress.callbacks.testing import TinyNet, tiny_loader
 from lightning_compress.errors import CompressionError
 from lightning_compress.quantization import attachment
-from lightning_compress.quantization.bit_search import searched
+from lightning_compress.quantization.bits.bit_search import searched
 
 QUIET: dict[str, Any] = {
     "accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False,

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from lightning_compress.errors import CompressionError
 from lightning_compress.probe import ExampleCall
-from lightning_compress.quantization.dynamic import onnx_translations
-from lightning_compress.quantization.lockstep import lockstep, wilson
-from lightning_compress.quantization.lowering import lower
+from lightning_compress.quantization.integer.dynamic import onnx_translations
+from lightning_compress.quantization.integer.lockstep import lockstep, wilson
+from lightning_compress.quantization.integer.lowering import lower
 from lightning_compress.quantization.spec import QuantSpec
 
 KINDS = [

@@ -18,10 +18,10 @@ from lightning_compress.layers import add_transform, get_transform
 from lightning_compress.probe import ExampleCall
 from lightning_compress.quantization import attachment
 from lightning_compress.quantization.post_training import Settings, quantize, quantize_with_report
-from lightning_compress.quantization.rounding import AdaRoundSettings
 from lightning_compress.quantization.schemes import SCHEMES, Scheme, ordered, read_scheme
-from lightning_compress.quantization.signal import signal_ratios
 from lightning_compress.quantization.spec import QuantSpec, parse
+from lightning_compress.quantization.toolbox.rounding import AdaRoundSettings
+from lightning_compress.quantization.toolbox.signal import signal_ratios
 
 QUICK = Settings(samples=256, adaround=AdaRoundSettings(iterations=80))
 

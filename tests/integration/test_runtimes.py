@@ -13,11 +13,11 @@ from torch import nn
 import lightning_compress as lc
 from lightning_compress.errors import CompressionError
 from lightning_compress.probe import ExampleCall
-from lightning_compress.quantization import runtime_inductor, runtimes
-from lightning_compress.quantization.artifact import Int8Artifact
-from lightning_compress.quantization.lowering import lower
-from lightning_compress.quantization.reduction import without_saturation
-from lightning_compress.quantization.runtimes import compile_program
+from lightning_compress.quantization.integer import runtime_inductor, runtimes
+from lightning_compress.quantization.integer.artifact import Int8Artifact
+from lightning_compress.quantization.integer.lowering import lower
+from lightning_compress.quantization.integer.reduction import without_saturation
+from lightning_compress.quantization.integer.runtimes import compile_program
 
 PACKAGES = {
     "inductor": ("torchao", "int8"),
@@ -171,8 +171,8 @@ import sys, warnings
 warnings.filterwarnings("ignore")
 import torch
 from lightning_compress.errors import CompressionError
-from lightning_compress.quantization import runtime_inductor
-from lightning_compress.quantization.artifact import Int8Artifact
+from lightning_compress.quantization.integer import runtime_inductor
+from lightning_compress.quantization.integer.artifact import Int8Artifact
 torch.set_num_threads(1)
 if sys.argv[2] == "unregistered":
     runtime_inductor.register_passes = lambda: None

@@ -17,8 +17,8 @@ from torch import nn
 
 from lightning_compress.cost import Call
 from lightning_compress.errors import CompressionError
-from lightning_compress.quantization.allocation import Allocation, allocate, pareto, uniform
-from lightning_compress.quantization.choices import (
+from lightning_compress.quantization.bits.allocation import Allocation, allocate, pareto, uniform
+from lightning_compress.quantization.bits.choices import (
     Choice,
     bop_costs,
     byte_costs,
@@ -27,9 +27,9 @@ from lightning_compress.quantization.choices import (
     packed_bytes,
     scale_count,
 )
-from lightning_compress.quantization.grouping import merged, parallel_groups, tied_groups
-from lightning_compress.quantization.knapsack import InfeasibleError, Item, smallest, solve
-from lightning_compress.quantization.probing import layer_macs
+from lightning_compress.quantization.bits.grouping import merged, parallel_groups, tied_groups
+from lightning_compress.quantization.bits.knapsack import InfeasibleError, Item, smallest, solve
+from lightning_compress.quantization.bits.probing import layer_macs
 from lightning_compress.quantization.spec import QuantSpec
 from lightning_compress.ranks import Ranks
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from lightning_compress.errors import CompressionError
 from lightning_compress.layers import add_transform, get_transform
 from lightning_compress.probe import ExampleCall
-from lightning_compress.quantization.capture import output_means
-from lightning_compress.quantization.correction import (
+from lightning_compress.quantization.toolbox.capture import output_means
+from lightning_compress.quantization.toolbox.correction import (
     correct_biases,
     correct_biases_from_statistics,
     reestimate_batch_norm,

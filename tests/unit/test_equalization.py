@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from lightning_compress.errors import CompressionError
 from lightning_compress.layers import add_transform
-from lightning_compress.quantization.channels import column_ranges, row_ranges
-from lightning_compress.quantization.equalization import equalize
-from lightning_compress.quantization.grids import Grid
+from lightning_compress.quantization.toolbox.channels import column_ranges, row_ranges
+from lightning_compress.quantization.toolbox.equalization import equalize
+from lightning_compress.quantization.toolbox.grids import Grid
 
 
 def uneven(model: nn.Module, seed: int = 0) -> nn.Module:

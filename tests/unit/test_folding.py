@@ -10,10 +10,10 @@ from quantized_nets import NETS, quantized
 from torch import Tensor, nn
 
 from lightning_compress.probe import ExampleCall
-from lightning_compress.quantization.folding import fold_batch_norms
-from lightning_compress.quantization.marks import resolve_marks
+from lightning_compress.quantization.integer.folding import fold_batch_norms
+from lightning_compress.quantization.integer.marks import resolve_marks
+from lightning_compress.quantization.integer.tracing import trace
 from lightning_compress.quantization.spec import QuantSpec
-from lightning_compress.quantization.tracing import trace
 
 
 def randomized(model: nn.Module) -> nn.Module:

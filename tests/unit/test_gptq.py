@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_compress.errors import CompressionError
-from lightning_compress.quantization.gptq import Hessian, as_problem, gptq, row_errors
-from lightning_compress.quantization.grids import Grid
+from lightning_compress.quantization.toolbox.gptq import Hessian, as_problem, gptq, row_errors
+from lightning_compress.quantization.toolbox.grids import Grid
 
 
 def grid_for(weight: Tensor, bits: int = 3) -> Grid:

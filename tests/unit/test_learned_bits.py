@@ -13,15 +13,15 @@ from torch import Tensor, nn
 
 from lightning_compress.errors import CompressionError
 from lightning_compress.layers import add_transform
-from lightning_compress.quantization.choices import byte_costs, choices
-from lightning_compress.quantization.functional import fake_quantize
-from lightning_compress.quantization.learned_bits import (
+from lightning_compress.quantization.bits.choices import byte_costs, choices
+from lightning_compress.quantization.bits.learned_bits import (
     BarrierPenalty,
     LearnedBits,
     barrier,
     barrier_slope,
     undecided,
 )
+from lightning_compress.quantization.functional import fake_quantize
 from lightning_compress.schedule import Schedule, Scheduled
 from lightning_compress.targets import named_parameters_clean
 

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_compress.errors import CompressionError
-from lightning_compress.quantization.grids import Grid
-from lightning_compress.quantization.rounding import (
+from lightning_compress.quantization.toolbox.grids import Grid
+from lightning_compress.quantization.toolbox.rounding import (
     AdaRoundSettings,
     adaround,
     channel_errors,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from lightning_compress.errors import CompressionError
-from lightning_compress.quantization.choices import choices
-from lightning_compress.quantization.runtime_table import check_promise, gain, markdown, scheme_of
+from lightning_compress.quantization.bits.choices import choices
+from lightning_compress.quantization.bits.runtime_table import check_promise, gain, markdown, scheme_of
 
 
 def test_schemes() -> None:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from lightning_compress.errors import CompressionError
 from lightning_compress.layers import add_transform
 from lightning_compress.quantization.attachment import attach
-from lightning_compress.quantization.choices import Choice, choices
+from lightning_compress.quantization.bits.choices import Choice, choices
+from lightning_compress.quantization.bits.sensitivity import sensitivity
 from lightning_compress.quantization.quantizers import make
-from lightning_compress.quantization.sensitivity import sensitivity
 from lightning_compress.quantization.spec import QuantSpec, parse
 from lightning_compress.ranks import Ranks
 

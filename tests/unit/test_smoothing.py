@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from lightning_compress.errors import CompressionError
 from lightning_compress.probe import ExampleCall
 from lightning_compress.quantization import functional as qf
-from lightning_compress.quantization.capture import largest_inputs
-from lightning_compress.quantization.channels import column_ranges
-from lightning_compress.quantization.smoothing import smooth
+from lightning_compress.quantization.toolbox.capture import largest_inputs
+from lightning_compress.quantization.toolbox.channels import column_ranges
+from lightning_compress.quantization.toolbox.smoothing import smooth
 
 
 def calls(*shape: int, count: int = 2) -> list[ExampleCall]:

@@ -1,0 +1,1 @@
+"""How many bits each layer gets: sensitivity, costs, allocation under budgets, and the search while training."""
