@@ -9,12 +9,12 @@ import lightning as L
 import torch
 
 from lightning_compress.callbacks import CompressionAudit
-from lightning_compress.callbacks.testing import TinyNet, tiny_data, tiny_loader
+from lightning_compress.callbacks.testing import TinyNet, rank, tiny_data, tiny_loader
 
 
 def audited(strategy: str = "auto") -> dict[str, Any]:
     """What the audits of the end found, example by example, and their intervals."""
-    world, rank = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", "1"), ("RANK", "0")))
+    world, here = int(os.environ.get("WORLD_SIZE", "1")), rank()
     torch.manual_seed(0)
     model, reference = TinyNet(width=4), TinyNet(width=8)
     audit = CompressionAudit(reference, data=tiny_data(51, seed=3), space=(-6.0, 6.0), tier=0, examples=20)
@@ -23,9 +23,13 @@ def audited(strategy: str = "auto") -> dict[str, Any]:
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, callbacks=[audit],
         use_distributed_sampler=False, precision="64-true",
     )  # fmt: skip
-    trainer.fit(model, tiny_loader(world_size=world, rank=rank), tiny_loader(world_size=world, rank=rank))
+    trainer.fit(model, tiny_loader(world_size=world, rank=here), tiny_loader(world_size=world, rank=here))
     assert audit.card is not None
-    numbers = {f"{m.family}.{m.name}": (m.value, m.lo, m.hi, m.n) for m in audit.card.metrics() if m.value is not None}
+    numbers = {
+        f"{m.family}.{m.name}": [v for v in (m.value, m.lo, m.hi, m.n) if v is not None]
+        for m in audit.card.metrics()
+        if m.value is not None
+    }
     outcomes = audit.card.results[0].per_example
     return {
         "numbers": numbers,

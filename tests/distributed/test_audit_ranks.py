@@ -18,4 +18,4 @@ def test_two_processes_are_one() -> None:
         assert found["outcomes"] == one["outcomes"]
         assert len(found["cheap"]) == len(one["cheap"]) == 2
         for name, values in one["numbers"].items():
-            assert found["numbers"][name] == pytest.approx(values, rel=1e-4, abs=1e-6), name
+            assert found["numbers"][name] == pytest.approx(values, rel=1e-9, abs=1e-12), name
