@@ -96,7 +96,7 @@ def test_a_model_against_itself_has_not_changed(digits: Any) -> None:
     assert card["churn"].value == 0
     assert card["fidelity.accuracy"].paired.p == 1
     assert card["divergence"].value == pytest.approx(0, abs=1e-12)
-    assert {m.verdict for m in card.metrics()} <= {"PASS", "INCONCLUSIVE", None}
+    assert not {m.verdict for m in card.metrics()} & {"FAIL", "UNTRUSTED"}
     assert card["fidelity.accuracy"].verdict == "PASS"
     few = cheap(dense, copy.deepcopy(dense), (x[:20], y[:20]), space=(0.0, 1.0))
     assert few["fidelity.accuracy"].verdict == "INCONCLUSIVE"  # twenty examples prove nothing
