@@ -8,6 +8,7 @@ if __name__ != "lightning_compress.callbacks":
 
 from lightning_compress.callbacks.assistants import AssistantDistillation as AssistantDistillation
 from lightning_compress.callbacks.audit import CompressionAudit as CompressionAudit
+from lightning_compress.callbacks.audit_gate import AuditGate as AuditGate
 from lightning_compress.callbacks.base import CompressionCallback as CompressionCallback
 from lightning_compress.callbacks.candidates import DrawnAssistant as DrawnAssistant
 from lightning_compress.callbacks.capacity_gap import CapacityGap as CapacityGap

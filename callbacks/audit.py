@@ -23,14 +23,13 @@ from lightning_compress.audits.spending import cost_of
 from lightning_compress.audits.tasks import TaskName
 from lightning_compress.callbacks import teaching
 from lightning_compress.callbacks.base import AUDIT, CompressionCallback
+from lightning_compress.callbacks.coordinator import Coordinator
 from lightning_compress.callbacks.tracking import Tracker
 from lightning_compress.distillation.teachers import find_student_module, resolve_teacher_module
 from lightning_compress.errors import CompressionError
 
 if TYPE_CHECKING:
     from lightning import LightningModule, Trainer
-
-    from lightning_compress.callbacks.coordinator import Coordinator
 
 _COLUMNS = ("family", "metric", "dense", "compressed", "lo", "hi", "delta", "delta_lo", "delta_hi", "n", "verdict")
 
@@ -183,6 +182,9 @@ class CompressionAudit(CompressionCallback):
         card = self._audit(trainer, pl_module, tier=0, examples=self.examples, seconds=None)
         self.history.append({"step": float(trainer.global_step), **card.scalars()})
         Tracker(trainer).log_metrics(card.scalars())
+        run = Coordinator.of(trainer)
+        for technique in run.techniques if run is not None else ():
+            technique.audited(run, self.name, card)
 
     def finish(self, run: Coordinator) -> None:
         """The full audit. Here the model is still on its device; in ``on_fit_end`` it is not."""

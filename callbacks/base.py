@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lightning import LightningModule, Trainer
     from torch.optim import Optimizer
 
+    from lightning_compress.audits.scorecard import Scorecard
     from lightning_compress.callbacks.coordinator import Coordinator
     from lightning_compress.callbacks.events import EventRecord
     from lightning_compress.surgery import Edit, Follower, Journal, Swap
@@ -132,6 +133,9 @@ class CompressionCallback(L.Callback):
 
     def close(self, run: Coordinator) -> None:
         """Undo what was put on the module, after the end or an exception; called once."""
+
+    def audited(self, run: Coordinator, audit: str, card: Scorecard) -> None:
+        """An audit of that name was made at a validation, whose checkpoints are saved after it."""
 
     def on_compression_event(self, trainer: Trainer, pl_module: LightningModule, record: EventRecord) -> None:
         """Hear of an event of any technique, on every rank."""

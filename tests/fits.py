@@ -173,7 +173,7 @@ TECHNIQUES: dict[str, Callable[[], list[CompressionCallback]]] = {
         CompactConversion("fire", schedule=lc.Schedule(begin=5), fit_steps=4, calibration_samples=48, norm=False)
     ],
     "compact at setup": lambda: [CompactConversion("depthwise_separable", schedule="setup")],
-    "compact at setup, fresh": lambda: [CompactConversion("shuffle", schedule="setup", init="fresh")],
+    "compact at setup, fresh": lambda: [CompactConversion("shuffle", schedule="setup", init="fresh", norm=False)],
     "compact, distillation": lambda: [
         CompactConversion("inverted_residual", width=1.5, schedule=lc.Schedule(begin=5), fit_steps=4, norm=False),
         Distillation(teacher()),

@@ -26,7 +26,7 @@ NAMES = {
     "route": "route", "chain": "chain, by gap",
     "projector": "projector", "everything": "everything", "averaged": "everything, averaged",
     "low_rank": "low rank, automatic", "low_rank_masked": "low rank, masked", "compact": "compact",
-    "int8": "int8", "lsq": "lsq", "learned_bits": "learned bits, averaged",
+    "int8": "int8", "lsq": "lsq", "learned_bits": "learned bits",
 }  # fmt: skip
 STOPS = ("step=1", "step=5", "epoch=0")
 _ENVIRONMENT = dict(os.environ)

@@ -153,6 +153,7 @@ TECHNIQUES: dict[str, Make] = {
     "term that starts late": lambda folder: fits.TECHNIQUES["scheduled"](),  # type: ignore[dict-item, return-value]
     "int8": lambda folder: [QuantizationAwareTraining(**QAT)],
     "lsq": lambda folder: [QuantizationAwareTraining("w2a2_lsq", **QAT)],
+    "learned bits": lambda folder: fits.TECHNIQUES["learned bits"](),  # type: ignore[dict-item, return-value]
     "learned bits, averaged": lambda folder: [
         LearnedBitWidths(
             ("int8", "int4"), keep_bytes=0.2, schedule=lc.Schedule(begin=2), until=7, barrier=1.0, temperature=0.1
