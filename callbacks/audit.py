@@ -182,9 +182,9 @@ class CompressionAudit(CompressionCallback):
         card = self._audit(trainer, pl_module, tier=0, examples=self.examples, seconds=None)
         self.history.append({"step": float(trainer.global_step), **card.scalars()})
         Tracker(trainer).log_metrics(card.scalars())
-        run = Coordinator.of(trainer)
-        for technique in run.techniques if run is not None else ():
-            technique.audited(run, self.name, card)
+        if (run := Coordinator.of(trainer)) is not None:
+            for technique in run.techniques:
+                technique.audited(run, self.name, card)
 
     def finish(self, run: Coordinator) -> None:
         """The full audit. Here the model is still on its device; in ``on_fit_end`` it is not."""
