@@ -5,7 +5,7 @@ A small ResNet, a transformer encoder and an LSTM (both read a digit row by row)
 the share of equal predictions with its 95 % interval (Wilson), the largest difference of two logits as a share of their
 range, and the accuracy of both.
 
-    python benchmarks/int8_agreement.py [--epochs 20] [--seed 0]
+    python benchmarks/int8_agreement.py [--epochs 20] [--seed 0] [--models ResNet Encoder Recurrent]
 """
 
 from __future__ import annotations
@@ -76,6 +76,9 @@ class Recurrent(nn.Module):
         return self.head(self.lstm(x.squeeze(1))[0][:, -1])
 
 
+KINDS: tuple[type[nn.Module], ...] = (ResNet, Encoder, Recurrent)
+
+
 class Classifier(L.LightningModule):
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -106,13 +109,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--models", nargs="+", choices=[kind.__name__ for kind in KINDS], default=None)
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(2)
     train, x, y = data()
     calls, rows = [ExampleCall("", (part,)) for part in x.split(250)], []
-    for kind in (ResNet, Encoder, Recurrent):
+    for kind in [kind for kind in KINDS if kind.__name__ in (arguments.models or (k.__name__ for k in KINDS))]:
         for name, setting in SETTINGS.items():
             L.seed_everything(arguments.seed, verbose=False)
             module = Classifier(kind())

@@ -116,6 +116,11 @@ def _everything(folder: Path) -> list[L.Callback]:
     ]  # fmt: skip
 
 
+def _search() -> LearnedBitWidths:
+    schedule = lc.Schedule(begin=2)
+    return LearnedBitWidths(("int8", "int4"), keep_bytes=0.2, schedule=schedule, until=7, barrier=1.0, temperature=0.1)
+
+
 Make = Callable[[Path], list[L.Callback]]
 TECHNIQUES: dict[str, Make] = {
     "none": lambda folder: [],
@@ -153,13 +158,8 @@ TECHNIQUES: dict[str, Make] = {
     "term that starts late": lambda folder: fits.TECHNIQUES["scheduled"](),  # type: ignore[dict-item, return-value]
     "int8": lambda folder: [QuantizationAwareTraining(**QAT)],
     "lsq": lambda folder: [QuantizationAwareTraining("w2a2_lsq", **QAT)],
-    "learned bits": lambda folder: fits.TECHNIQUES["learned bits"](),  # type: ignore[dict-item, return-value]
-    "learned bits, averaged": lambda folder: [
-        LearnedBitWidths(
-            ("int8", "int4"), keep_bytes=0.2, schedule=lc.Schedule(begin=2), until=7, barrier=1.0, temperature=0.1
-        ),
-        EMAWeightAveraging(decay=0.9),
-    ],
+    "learned bits": lambda folder: [_search(), QuantizationAwareTraining(weights="none", **QAT)],
+    "learned bits, averaged": lambda folder: [_search(), EMAWeightAveraging(decay=0.9)],
     "percentile": lambda folder: [
         QuantizationAwareTraining(activations=QuantSpec(symmetric=False, observer="percentile"), **QAT)
     ],
