@@ -124,7 +124,7 @@ class AuditGate(CompressionCallback):
                 paused[technique.name] = steps
         if paused:
             self.history.append({"step": step, "failed": failed, "paused": paused})
-            run._share()  # checkpoints of this validation have the decision
+            run.share()  # checkpoints of this validation have the decision
         self._say(failed, paused)
 
     def _failed(self, card: Scorecard) -> list[str]:

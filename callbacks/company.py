@@ -253,7 +253,7 @@ class Company(CompressionCallback):
         scores = list(latest.outcome)
         chosen = exchange.best_of(scores, self.mode)
         run.decisions.record(run.step, f"{self.name}/export", {"network": chosen, "scores": scores})
-        run._share()
+        run.share()
         if chosen:
             exchange.exchange(run, self.name, self.pairs(self._source, chosen))
         title = f"network {chosen}" if chosen else "the student"

@@ -275,7 +275,7 @@ class Coordinator(Clock):
         self.setup_journal = (
             None  # from here on a failure leaves the model as it was before the last step, not before the fit
         )
-        self._share()
+        self.share()
         self._hold_early_stopping()
 
     def _resolve_terms(self) -> None:
@@ -315,7 +315,7 @@ class Coordinator(Clock):
                     technique.boundary(self, step)
             finally:
                 self.batch = None
-                self._share()
+                self.share()
             self._hold_early_stopping()
 
     def _due(self, technique: CompressionCallback, step: int) -> list[int]:
@@ -361,7 +361,7 @@ class Coordinator(Clock):
     def on_train_batch_end(self) -> None:
         """Count the batch; the steps of a schedule under manual optimization."""
         self.batches += 1
-        self._share()
+        self.share()
         for technique in self.techniques:
             technique.batch_end(self)
 
@@ -378,7 +378,8 @@ class Coordinator(Clock):
             name = type(self.pl_module).__name__
             rank_zero_info(f"Load the result with `lightning_compress.load_from_checkpoint({name}, path)`.")
 
-    def _share(self) -> None:
+    def share(self) -> None:
+        """Give every technique what checkpoints keep of the run; call it after recording what a validation decided."""
         shared = {"batches": self.batches, "decisions": self.decisions.to_list()}
         for technique in self.techniques:
             technique.shared = shared

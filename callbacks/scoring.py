@@ -174,7 +174,7 @@ class Scoring:
         for network in owner.networks:
             reset_metrics(network)
         self._forget()
-        run._share()
+        run.share()
 
     def _value(self, score: _Score) -> float:
         if score.metric is not None:

@@ -501,7 +501,15 @@ def test_a_step_without_a_loss_is_left_out() -> None:
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             return None if batch_idx == 1 else super().training_step(batch, batch_idx)
 
-    train(net(Skips), MutualDistillation(1))
+    seen: list[list[Tensor]] = []
+
+    class Look(L.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+            seen.append([p.detach().clone() for p in pl_module.parameters()])  # the peer's too
+
+    train(net(Skips), MutualDistillation(1), Look())
+    assert all(torch.equal(a, b) for a, b in zip(seen[0], seen[1], strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(seen[1], seen[2], strict=True))
 
 
 def test_networks_that_are_asked_something_else() -> None:
