@@ -7,8 +7,10 @@ logger is required, and none is imported.
 
 from __future__ import annotations
 
+import base64
 import csv
 import dataclasses
+import importlib.util
 import json
 import re
 import tempfile
@@ -199,23 +201,46 @@ class Tracker:
                         file.write(encode(manifest))
                 logger.experiment.log_artifact(artifact)  # type: ignore[attr-defined]
 
-    def log_report(self, card: Scorecard, name: str) -> None:
-        """Give the scorecard of an audit to W&B: its page as `audit/report`, its files as an artifact; others get none.
+    def log_report(self, card: Scorecard, name: str, step: int | None = None) -> None:
+        """Give the scorecard of an audit to W&B; other loggers get nothing.
+
+        W&B gets its page as `audit/report`, its pictures as `audit/<name of the picture>`, and its files as an artifact
+        of type `audit-report`, offline as online.
 
         Args:
             card: The scorecard.
             name: The artifact's name.
+            step: The logging step; default: the one that `self.log` uses now.
         """
+        at = self.step if step is None else step
         for logger in self._loggers():
             if _is(logger, "WandbLogger"):
                 import wandb
 
-                logger.experiment.log({"audit/report": wandb.Html(card.to_html(), inject=False)})  # type: ignore[attr-defined]
-                artifact = wandb.Artifact(re.sub(r"[^\w.-]+", "_", name), type="audit-report")
                 with tempfile.TemporaryDirectory() as folder:
+                    shown: dict[str, Any] = {"audit/report": wandb.Html(card.to_html(), inject=False)}
+                    for key, (path, note) in _pictures(card, Path(folder)).items():
+                        shown[f"audit/{key}"] = wandb.Image(str(path), caption=note)
+                    logger.experiment.log({**shown, "trainer/global_step": at})  # type: ignore[attr-defined]
+                    about = {"verdict": card.verdict, "step": at}
+                    artifact = wandb.Artifact(re.sub(r"[^\w.-]+", "_", name), type="audit-report", metadata=about)
                     for suffix in ("json", "html", "md"):
                         artifact.add_file(str(card.save(Path(folder) / f"scorecard.{suffix}")))
                     logger.experiment.log_artifact(artifact)  # type: ignore[attr-defined]
+
+
+def _pictures(card: Scorecard, folder: Path) -> dict[str, tuple[Path, str | None]]:
+    """The pictures of a scorecard as files, name -> path and note; W&B reads them with Pillow, the page needs neither."""
+    if importlib.util.find_spec("PIL") is None:
+        return {}
+    found: dict[str, tuple[Path, str | None]] = {}
+    for artifact in (artifact for result in card.results for artifact in result.artifacts):
+        if artifact["kind"] == "png":
+            key = re.sub(r"[^\w.-]+", "_", str(artifact["name"]))
+            path = folder / f"{key}.png"
+            path.write_bytes(base64.b64decode(artifact["data"]))
+            found[key] = (path, artifact.get("note"))
+    return found
 
 
 def _one_type_a_column(rows: list[list[Any]]) -> list[list[Any]]:

@@ -47,7 +47,7 @@ def _chunk(kind: bytes, data: bytes) -> bytes:
 
 def png_artifact(name: str, data: bytes, caption: str = "") -> dict[str, Any]:
     """A picture as an artifact of an audit: base64, as JSON and HTML take it."""
-    return {"name": name, "kind": "png", "data": base64.b64encode(data).decode("ascii"), "caption": caption}
+    return {"name": name, "kind": "png", "data": base64.b64encode(data).decode("ascii"), "note": caption}
 
 
 def signed_colours(values: Tensor, scale: float) -> Tensor:

@@ -125,11 +125,11 @@ class RobustnessCurve:
             truncated=len(x) < len(context), note="area under accuracy over the radius, as a share of the whole",
         )  # fmt: skip
         metric.seconds = seconds
-        series = {
-            name: context.gather(torch.cat([clean[name][:, None], robust[name]], 1).double()).mean(0).tolist()
-            for name in MODELS
-        }
-        curve = {"name": "robustness", "kind": "curve", "x": [0.0, *map(float, radii)], "series": series}
+        places, series = [0.0, *map(float, radii)], []
+        for name in MODELS:
+            height = context.gather(torch.cat([clean[name][:, None], robust[name]], 1).double()).mean(0).tolist()
+            series.append({"name": name, "points": [list(point) for point in zip(places, height, strict=True)]})
+        curve = {"name": "robustness", "kind": "curve", "x": "radius", "y": "accuracy", "series": series}
         per_example = {"ids": context.gather(context.ids[: len(x)]).tolist()}
         per_example |= {f"{name}_area": context.gather(area[name]).tolist() for name in MODELS}
         params = {**words, "forward_passes": {name: sum(c.rows for c in curves[name]) for name in MODELS}}

@@ -68,13 +68,14 @@ class Scorecard:
         return next((v for v in ("FAIL", "UNTRUSTED", "INCONCLUSIVE", "PASS") if v in given), "SKIPPED")
 
     def scalars(self) -> dict[str, float]:
-        """For loggers: `audit/<family>/<metric>`, with `_lo`, `_hi`, `_delta` of what is known."""
+        """For loggers: `audit/<family>/<metric>`, its `_lo` and `_hi`, and `_delta`, `_delta_lo` and `_delta_hi`."""
         values: dict[str, float | None] = {}
         for metric in self.metrics():
             head = f"audit/{metric.family}/{metric.name}"
             values |= {head: metric.value, f"{head}_lo": metric.lo, f"{head}_hi": metric.hi}
             if metric.paired is not None:
-                values[f"{head}_delta"] = metric.paired.delta
+                pair = metric.paired
+                values |= {f"{head}_delta": pair.delta, f"{head}_delta_lo": pair.lo, f"{head}_delta_hi": pair.hi}
         if self.index is not None:
             values["audit/index"] = self.index.value
         return {name: value for name, value in plain(values).items() if value is not None}

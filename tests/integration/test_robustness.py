@@ -24,6 +24,7 @@ from lightning_compress.audits.handles import InputSpace, ModelHandle
 from lightning_compress.audits.results import AuditResult
 from lightning_compress.audits.robustness import Robustness
 from lightning_compress.audits.robustness_curve import RobustnessCurve
+from lightning_compress.audits.scorecard import Scorecard
 from lightning_compress.audits.tasks import Classification, Regression
 from lightning_compress.errors import CompressionError
 from lightning_compress.isolation import isolated_rng
@@ -275,13 +276,18 @@ def test_sanity_checks_fail_where_they_should() -> None:
 def test_the_curve_of_two_models() -> None:
     result = run(RobustnessCurve([0.02, 0.05, 0.1, 0.2], steps=10), context(handle("pruned"), 48))
     metric, curve = result["auc"], result.artifacts[0]
-    assert curve["series"]["dense"][0] == pytest.approx(sum(right(dense(), *examples(48)[:2]).tolist()) / 48)
-    for series in curve["series"].values():
-        assert all(a >= b for a, b in itertools.pairwise(series))
-        area = torch.trapezoid(torch.tensor(series), torch.tensor(curve["x"])) / 0.2
+    first, *_ = curve["series"]
+    assert first["name"] == "dense"
+    assert first["points"][0] == [0.0, pytest.approx(sum(right(dense(), *examples(48)[:2]).tolist()) / 48)]
+    for series in curve["series"]:
+        radii, heights = zip(*series["points"], strict=True)
+        assert all(a >= b for a, b in itertools.pairwise(heights))
+        area = torch.trapezoid(torch.tensor(heights), torch.tensor(radii)) / 0.2
         assert min(abs(float(area) - value) for value in (metric.value, metric.paired.reference)) < 1e-6
     assert metric.paired.lo <= metric.paired.delta <= metric.paired.hi
     assert metric.trusted, [c for c in metric.trust if not c.ok]
+    page = Scorecard({"name": "net"}, results=[result]).to_html()
+    assert page.count("<polyline") == 2  # what it found can be drawn
 
 
 def test_a_curve_costs_a_third_of_a_loop_with_the_same_outcomes() -> None:

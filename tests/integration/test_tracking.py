@@ -1,5 +1,6 @@
 """What loggers were given is read back from their files; the fits are a few steps long."""
 
+import base64
 import json
 import struct
 import time
@@ -15,7 +16,8 @@ from torch import nn
 
 import lightning_compress as lc
 from lightning_compress import exporting, manifest
-from lightning_compress.callbacks import CompressionMonitor
+from lightning_compress.audits.scorecard import Scorecard
+from lightning_compress.callbacks import CompressionAudit, CompressionMonitor
 from lightning_compress.callbacks.events import EventRecord
 from lightning_compress.callbacks.testing import TinyNet, tiny_loader
 from lightning_compress.callbacks.tracking import Tracker
@@ -292,6 +294,64 @@ def test_a_fit_logs_its_compressed_model_offline(tmp_path, monkeypatch):
     assert manifest.equal(record["edits"], manifest.edits_of(net))
     assert set(record["masks"]) == {"net.0.weight", "net.3.weight", "net.9.weight"}
     assert json.loads(artifact.metadata)["class"] == "TinyNet"
+
+
+def test_an_audit_is_read_back_from_an_offline_wandb_run(tmp_path, monkeypatch):
+    """Scalars with their intervals, the table of all metrics, the page, the pictures, and the files of the report."""
+    pytest.importorskip("captum")
+    import wandb
+
+    for name in ("WANDB_DIR", "WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    logger = WandbLogger(project="test", offline=True, save_dir=str(tmp_path))
+    audit = CompressionAudit("initial", space=(-6.0, 6.0), every=2, examples=32, final_examples=16, tier=1)
+    trainer = L.Trainer(**{**fits.QUIET, "logger": logger}, max_epochs=2, num_sanity_val_steps=0,
+                        callbacks=[fits.TECHNIQUES["masks"]()[0], audit])  # fmt: skip
+    torch.manual_seed(0)
+    trainer.fit(TinyNet(width=4), tiny_loader(), tiny_loader())
+    wandb.finish()
+
+    [run] = tmp_path.glob("**/run-*.wandb")
+    found, rows, steps = finished_records(run), {}, {}
+    for record in found:
+        row = history(record.history.item)
+        rows.update(row)
+        steps.update({name: row.get("trainer/global_step") for name in row})
+    for name, value in audit.card.scalars().items():
+        assert rows[name] == pytest.approx(value), name
+    metric = audit.card["fidelity.accuracy"]
+    shown = [rows[f"audit/fidelity/accuracy{end}"] for end in ("", "_lo", "_hi", "_delta", "_delta_lo", "_delta_hi")]
+    change = metric.paired
+    assert shown == pytest.approx([metric.value, metric.lo, metric.hi, change.delta, change.lo, change.hi])
+    cheap = [record for record in found if "audit/forgetting/worst_class" in history(record.history.item)]
+    assert len(cheap) == 2  # at the validation, and at the end
+
+    folder = run.parent / "files"
+    [table] = [json.loads(file.read_text()) for file in folder.glob("media/table/audit/metrics*.table.json")]
+    columns = table["columns"]
+    listed = {f"{row[0]}.{row[1]}": dict(zip(columns, row, strict=True)) for row in table["data"]}
+    assert set(listed) == {f"{m.family}.{m.name}" for m in audit.card.metrics()}
+    own = listed["fidelity.accuracy"]
+    assert (own["compressed"], own["lo"], own["delta_hi"]) == (metric.value, metric.lo, change.hi)
+
+    assert (rows["audit/report/_type"], steps["audit/report/_type"]) == ("html-file", trainer.global_step)
+    page = (folder / rows["audit/report/path"]).read_text()
+    assert "TinyNet" in page
+    assert "http://" not in page.replace("http://www.w3.org/", "")
+    pictures = {a["name"]: a for r in audit.card.results for a in r.artifacts if a["kind"] == "png"}
+    assert pictures
+    for name, picture in pictures.items():
+        assert rows[f"audit/{name}/_type"] == "image-file"
+        assert rows[f"audit/{name}/caption"] == picture["note"]
+        assert (folder / rows[f"audit/{name}/path"]).read_bytes() == base64.b64decode(picture["data"])
+
+    [artifact] = [record.artifact for record in found if record.artifact.type == "audit-report"]
+    assert (artifact.name, json.loads(artifact.metadata)["verdict"]) == (audit.name, audit.card.verdict)
+    files = {entry.path: entry.local_path for entry in artifact.manifest.contents}
+    assert set(files) == {"scorecard.json", "scorecard.html", "scorecard.md"}
+    assert Scorecard.load(files["scorecard.json"]) == audit.card
 
 
 def test_refusals(tmp_path):
