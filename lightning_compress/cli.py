@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from lightning_compress.audits.audit import audit
-from lightning_compress.audits.comparison import compare_cards
+from lightning_compress.audits.comparison import Comparison, compare_cards
 from lightning_compress.audits.handles import InputSpace
+from lightning_compress.audits.replicates import ReplicatedComparison, compare_replicates
 from lightning_compress.audits.scorecard import Scorecard
 from lightning_compress.errors import CompressionError
 from lightning_compress.loading import load_from_checkpoint
@@ -67,11 +68,13 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--seed", type=int, default=0)
     one.add_argument("--margin", action="append", default=[], metavar="FAMILY.METRIC=VALUE", help="may be repeated")
     one.add_argument("--name", help="of the compressed model, for the card")
+    one.add_argument("--cache", help="a folder that keeps what the dense model did, for the next audit against it")
     one.add_argument("--report", action="append", default=[], help=".html, .json or .md; may be repeated")
     many = commands.add_parser("compare", help="put scorecards beside each other")
     many.add_argument("cards", nargs="+", help="JSON files that an audit wrote")
     many.add_argument("--by", help="FAMILY.METRIC or index; default: the metric of the task")
     many.add_argument("--cost", default="file_bytes", help="file_bytes, zipped_bytes, macs, latency, ...")
+    many.add_argument("--replicates", action="store_true", help="cards of one name are the same model of other seeds")
     many.add_argument("--report", help="an HTML file")
     return parser
 
@@ -98,6 +101,7 @@ def _audit(options: argparse.Namespace) -> int:
         examples=options.examples,
         seconds=options.seconds,
         seed=options.seed,
+        cache=options.cache,
         margins=dict(map(_margin, options.margin)),
         identity={"name": options.name or Path(options.compressed).name, "reference": Path(options.dense).name},
     )
@@ -111,7 +115,14 @@ def _audit(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    found = compare_cards([Scorecard.load(path) for path in options.cards], options.by, options.cost)
+    cards = [Scorecard.load(path) for path in options.cards]
+    if options.replicates and options.by:
+        raise ValueError("--by ranks single cards; with --replicates every axis is shown")
+    found: Comparison | ReplicatedComparison = (
+        compare_replicates(cards, options.cost)
+        if options.replicates
+        else compare_cards(cards, options.by, options.cost)
+    )
     print(found.to_text())
     if options.report:
         target = Path(options.report)

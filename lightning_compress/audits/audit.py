@@ -32,6 +32,7 @@ from lightning_compress.audits.spending import cost_of
 from lightning_compress.audits.tasks import Task, TaskName
 from lightning_compress.errors import CompressionError
 from lightning_compress.nested import tensors_in
+from lightning_compress.writing import PathLike
 
 # In the order of the scorecard. By name, because some need packages that not everybody has.
 _AUDITS = (
@@ -89,6 +90,7 @@ def audit(
     prepare_batch: Prepare | None = None,
     select: Callable[[Any], Tensor] | None = None,
     batch_size: int = 256,
+    cache: PathLike | None = None,
     cost: bool = True,
     production: Mapping[str, Any] | None = None,
     identity: Mapping[str, Any] | None = None,
@@ -127,6 +129,8 @@ def audit(
         prepare_batch: Takes a batch, returns (inputs, targets).
         select: Takes what a model returns, gives the logits.
         batch_size: Examples a call.
+        cache: A folder: what the dense model does is kept there, and not computed again for the next compressed model.
+            Used only for the same weights, code, examples, arguments and versions.
         cost: Whether bytes, multiply-accumulates, latency and memory are measured.
         production: What producing the compressed model cost, such as ``{"steps": 900, "seconds": 61.0}``.
         identity: Further entries for the card, such as ``{"name": "ResNet-18, int8", "data": "CIFAR-10 test"}``.
@@ -153,7 +157,7 @@ def audit(
     context = prepare(request, caveats)
     with ProgressBar(len(chosen) + 1 + cost, enabled=progress) as bar:
         context = replace(context, progress=bar.inside)
-        context, results = run_audits(context, chosen, caveats, bar.step)
+        context, results = run_audits(context, chosen, caveats, bar.step, cache)
         spent: dict[str, Any] = {}
         if cost:
             bar.step("cost")
@@ -168,6 +172,7 @@ def run_audits(
     audits: Sequence[Audit],
     caveats: list[str],
     step: Callable[[str], None] = lambda message: None,
+    cache: PathLike | None = None,
 ) -> tuple[AuditContext, list[AuditResult]]:
     """Run audits inside of the guard; one that cannot be done is listed as skipped, with its reason.
 
@@ -176,6 +181,7 @@ def run_audits(
         audits: Which.
         caveats: What the reader has to know is added to it.
         step: Is told which audit begins.
+        cache: A folder for what the dense model does.
 
     Returns:
         The context, with fewer examples if the budget ended, and one result an audit.
@@ -185,6 +191,8 @@ def run_audits(
     with audit_context(*context.modules, seed=context.seed):
         step("answers of both models")
         context = context.answered()
+        if cache is not None:
+            context = context.remembering(cache)
         checks = _checks(context, caveats)
         if max((audit.tier for audit in audits), default=0) > 0:
             context = _with_gradients(context, caveats)
@@ -192,6 +200,10 @@ def run_audits(
         for one in audits:
             step(one.name)
             results.append(_run(one, context))
+    if context.remembered is not None:
+        context.remembered.save()
+        if context.remembered.note:
+            caveats.append(context.remembered.note)
     for metric in (metric for result in results for metric in result.metrics):
         _distrust(metric, checks)
     if context.budget.truncated:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -14,8 +14,11 @@ from lightning_compress.audits.comparing import compare
 from lightning_compress.audits.data import Examples
 from lightning_compress.audits.handles import ModelHandle, count, take
 from lightning_compress.audits.integrity import GradientTrust, gradient_probe
+from lightning_compress.audits.remembered import Remembered, devices_of, from_text, to_text
 from lightning_compress.audits.results import AuditResult, Metric
 from lightning_compress.audits.tasks import Task
+from lightning_compress.nested import tensors_in
+from lightning_compress.writing import PathLike
 
 MARGINS: dict[str, float] = {
     "fidelity.accuracy": 0.01,
@@ -116,6 +119,7 @@ class AuditContext:
             all examples.
         agree: Whether something is so in any process.
         progress: Is told what is being done, and the share done in [0, 1] or None.
+        remembered: What the dense model did in earlier audits; None: everything is computed.
     """
 
     dense: ModelHandle
@@ -135,6 +139,7 @@ class AuditContext:
     gather: Callable[[Tensor], Tensor] = _alone
     agree: Callable[[bool], bool] = bool
     progress: Callable[[str, float | None], None] = lambda message, share: None
+    remembered: Remembered | None = None
     _cache: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
@@ -183,9 +188,38 @@ class AuditContext:
         if key not in self._cache:
             few = self.limited(24)
             handle: ModelHandle = getattr(self, which)
-            self._cache[key] = gradient_probe(handle, few.inputs, few.targets, self.task, directions=6, seed=self.seed)
+
+            def probe() -> dict[str, Tensor]:
+                found = gradient_probe(handle, few.inputs, few.targets, self.task, directions=6, seed=self.seed)
+                return {"trust": to_text(asdict(found))}
+
+            kept = few.of_dense("gradients", {"via": handle.via}, probe) if which == "dense" else probe()
+            self._cache[key] = GradientTrust(**from_text(kept["trust"]))
         trust: GradientTrust = self._cache[key]
         return trust
+
+    def remembering(self, folder: PathLike) -> AuditContext:
+        """The same audit, with what the dense model did on these examples kept in files of a folder."""
+        task = {"name": self.task.name, **vars(self.task)}
+        about = {
+            "inputs": list(tensors_in(self.inputs)), "targets": self.targets, "ids": self.ids, "seed": self.seed,
+            "task": task, "devices": devices_of(self.inputs),
+        }  # fmt: skip
+        return replace(self, remembered=Remembered(folder, self.dense, self.logits("dense"), about))
+
+    def of_dense(
+        self, part: str, arguments: Mapping[str, Any], compute: Callable[[], Mapping[str, Tensor]]
+    ) -> Mapping[str, Tensor]:
+        """Tensors that depend on the dense model and the examples of this context alone, remembered or computed.
+
+        Args:
+            part: Of an audit.
+            arguments: All else that they depend on.
+            compute: Makes them.
+        """
+        if self.remembered is None:
+            return compute()
+        return self.remembered.get(part, {**arguments, "ids": self.ids}, compute)
 
     def margin(self, family: str, name: str) -> float | None:
         """How much worse is acceptable; None if nobody said."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from lightning_compress.audits.attacks.oracle import Oracle
 from lightning_compress.audits.comparing import Indices, compare_statistic
 from lightning_compress.audits.context import AuditContext
 from lightning_compress.audits.corruptions import SEVERITIES, corrupt, names
+from lightning_compress.audits.handles import InputSpace
 from lightning_compress.audits.integrity import determinism
 from lightning_compress.audits.ladder import MODELS, answers
 from lightning_compress.audits.results import AuditResult, Metric
@@ -56,20 +58,26 @@ class CorruptionRobustness:
         right: dict[str, list[Tensor]] = {name: [] for name in MODELS}  # of each block (N, corruptions, severities)
         done = 0
         for block in blocks(x, context):
-            grid: dict[str, list[Tensor]] = {name: [] for name in MODELS}
-            for kind in chosen:
-                for severity in self.severities:
-                    changed = corrupt(x[block], kind, severity, space=space, seeds=seeds[block])
-                    for name, oracle in oracles.items():
-                        z = answers(oracle(changed), context.task)
-                        grid[name].append(context.task.correct(z, context.targets[block]))
-            for name in MODELS:
-                right[name].append(torch.stack(grid[name], 1).view(-1, len(chosen), len(self.severities)))
+            images = partial(self._images, x[block], chosen, space, seeds[block])
+
+            def asked(name: str, y: Tensor = context.targets[block], images: Any = images) -> dict[str, Tensor]:
+                own = [context.task.correct(answers(oracles[name](z), context.task), y) for z in images()]
+                return {"right": torch.stack(own, 1).view(-1, len(chosen), len(self.severities))}
+
+            arguments = {"corruptions": chosen, "severities": self.severities, "seeds": seeds[block]}
+            dense = context.of_dense("corruptions", arguments, partial(asked, "dense"))["right"]
+            right["dense"].append(dense.to(x.device))
+            right["compressed"].append(asked("compressed")["right"])
             done = block.stop
         whole = {name: context.gather(torch.cat(right[name])) for name in MODELS}
         result = self._report(context, whole, chosen, done)
         result.metrics[0].seconds = time.perf_counter() - started
         return result
+
+    def _images(self, x: Tensor, chosen: Sequence[str], space: InputSpace, seeds: Tensor) -> Iterator[Tensor]:
+        for kind in chosen:
+            for severity in self.severities:
+                yield corrupt(x, kind, severity, space=space, seeds=seeds)
 
     def _report(self, context: AuditContext, whole: dict[str, Tensor], chosen: Sequence[str], done: int) -> AuditResult:
         result = AuditResult(self.name, 1, {"corruptions": list(chosen), "severities": self.severities})

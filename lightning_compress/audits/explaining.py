@@ -6,12 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_compress.audits.attributions import INCOMPLETE, Attribution, Method, attribute
 from lightning_compress.audits.context import AuditContext
 from lightning_compress.audits.explained import Explained
 from lightning_compress.audits.handles import ModelHandle
+from lightning_compress.audits.remembered import fingerprint
 from lightning_compress.audits.results import AuditResult
 
 
@@ -53,11 +54,33 @@ class Work:
     def maps(self, key: str, handle: ModelHandle, method: Method) -> Attribution:
         """Maps of a model, computed once; integrated gradients with four times the steps where they are incomplete."""
         if (key, method) not in self.cache:
-            found = self.attribute(handle, method, self.x)
-            if found.incompleteness > INCOMPLETE:
-                found = self.attribute(handle, method, self.x, 4 * self.steps)
-            self.cache[key, method] = found
+            self.cache[key, method] = self._made(handle, method) if key == "compressed" else self._kept(handle, method)
         return self.cache[key, method]
+
+    def _made(self, handle: ModelHandle, method: Method) -> Attribution:
+        found = self.attribute(handle, method, self.x)
+        if found.incompleteness > INCOMPLETE:
+            found = self.attribute(handle, method, self.x, 4 * self.steps)
+        return found
+
+    def _kept(self, handle: ModelHandle, method: Method) -> Attribution:
+        """Maps of a reference, which may be known from an earlier audit."""
+        memory = self.context.remembered
+        if memory is None or not isinstance(handle.deployed, nn.Module):
+            return self._made(handle, method)
+
+        def compute() -> dict[str, Tensor]:
+            own = self._made(handle, method)
+            parts = {"maps": own.maps, "delta": own.delta, "change": own.change}
+            return {name: tensor for name, tensor in parts.items() if tensor is not None}
+
+        found = self.context.of_dense("attributions", {**self.arguments(method), "model": fingerprint(handle)}, compute)
+        return Attribution(found["maps"].to(self.x.device), method, found.get("delta"), found.get("change"))
+
+    def arguments(self, method: Method) -> dict[str, Any]:
+        """What maps depend on besides the model."""
+        own = {"method": method, "steps": self.steps, "layer": self.layer, **self.options}
+        return {**own, "choice": self.choice, "baseline": self.baseline}
 
     def attribute(self, handle: ModelHandle, method: Method, x: Tensor, steps: int | None = None) -> Attribution:
         """Maps of other inputs with the same choice and baseline."""

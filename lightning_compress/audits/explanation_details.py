@@ -22,30 +22,35 @@ def faithful_metrics(work: Work, method: Method, few: int) -> list[Metric]:
     """Infidelity, deletion, insertion, and sensitivity (of the first `few` examples) of both models' maps."""
     context = work.context
     seeds = example_seeds(context.ids, context.seed).to(work.x.device)
-    found: dict[str, list[Tensor]] = {"infidelity": [], "deletion": [], "insertion": [], "max_sensitivity": []}
-    for which in ("dense", "compressed"):
-        handle: ModelHandle = getattr(context, which)
-        own, model = work.maps(which, handle, method), work.model(handle)
-        maps = own.maps.to(work.x.device)
-        if method == "saliency":
-            maps = maps * (work.x - work.baseline)  # a slope becomes a contribution
-        if maps.shape == work.x.shape:
-            found["infidelity"].append(infidelity(model, work.x, maps, work.choice, work.baseline, seeds, work.others))
-            curves = deletion_insertion(model, work.x, maps, work.choice, work.baseline, work.others)
-            found["deletion"].append(curves.deletion)
-            found["insertion"].append(curves.insertion)
-        if handle.space is not None and work.x.is_floating_point() and method != "shapley":
-            found["max_sensitivity"].append(_sensitivity(work, handle, method, own, seeds, few))
+    arguments = {**work.arguments(method), "few": few, "model": "dense"}
+    dense = context.of_dense("faithfulness", arguments, lambda: _faithful(work, "dense", method, seeds, few))
+    compressed = _faithful(work, "compressed", method, seeds, few)
     metrics = []
-    for name, values in found.items():
-        if len(values) == 2:
+    for name in ("infidelity", "deletion", "insertion", "max_sensitivity"):
+        if name in dense and name in compressed:
             metric = context.compare(
-                name, FAMILY, *values, higher_is_better=name == "insertion",
+                name, FAMILY, dense[name].to(work.x.device), compressed[name], higher_is_better=name == "insertion",
                 unit="ratio" if name == "max_sensitivity" else "share",
             )  # fmt: skip
             metric.threat = {"method": method, "via": context.compressed.via}
             metrics.append(metric)
     return metrics
+
+
+def _faithful(work: Work, which: str, method: Method, seeds: Tensor, few: int) -> dict[str, Tensor]:
+    """Of one model: name -> one value an example."""
+    handle: ModelHandle = getattr(work.context, which)
+    own, model = work.maps(which, handle, method), work.model(handle)
+    maps, found = own.maps.to(work.x.device), {}
+    if method == "saliency":
+        maps = maps * (work.x - work.baseline)  # a slope becomes a contribution
+    if maps.shape == work.x.shape:
+        found["infidelity"] = infidelity(model, work.x, maps, work.choice, work.baseline, seeds, work.others)
+        curves = deletion_insertion(model, work.x, maps, work.choice, work.baseline, work.others)
+        found["deletion"], found["insertion"] = curves.deletion, curves.insertion
+    if handle.space is not None and work.x.is_floating_point() and method != "shapley":
+        found["max_sensitivity"] = _sensitivity(work, handle, method, own, seeds, few)
+    return found
 
 
 def _sensitivity(work: Work, handle: ModelHandle, method: Method, own: Attribution, seeds: Tensor, few: int) -> Tensor:

@@ -97,6 +97,7 @@ class Ladder:
         self.hard = Oracle(handle.predict, threat.batch_size, threat.align)
         clean = self._score(self.ball.x)
         self.found = Rungs(clean, clean.clone(), self.ball.x.clone())
+        self._square: Tensor | None = None  # points of Square for what gradients left standing, if they are known
 
     def gradient(self) -> None:
         """APGD on logits of a scale that does not matter and on the difference of logits ratio."""
@@ -120,13 +121,54 @@ class Ladder:
         """Square: no gradient, so nothing that hides gradients fools it."""
         if self.ball.x.dim() > 4:
             return
-        loss = goal_of(self.task)
-        self._attack(
-            "square",
-            lambda x, y, seeds: square(
-                self.hard, x, y, seeds=seeds, queries=self.threat.queries, loss=loss, **self._common()
-            ),
-        )
+        if self._square is None:
+            self._attack("square", self._squares)
+            return
+        index = (self.found.outcome > 0).nonzero().squeeze(1)
+        if len(index):
+            self._keep(index, self._square[index], self._score(self._square[index], index))
+        self.found.after["square"] = self.found.outcome.clone()
+
+    def alone(self, gradient: bool) -> dict[str, Tensor]:
+        """What attacks find that need no other model, as tensors that `recall` takes.
+
+        Square runs on all that gradients leave standing. Points of other models leave fewer, and an example's result
+        does not depend on the others, so that what it finds here is what `black_box` would find later.
+
+        Args:
+            gradient: Whether the model has one.
+        """
+        if gradient:
+            self.gradient()
+            self.far()
+        found = self.found
+        state = {"outcome": found.outcome, "points": found.points}
+        state |= {} if found.source is None else {"source": found.source}
+        for i, (name, left) in enumerate(found.after.items()):  # in order, which files do not keep
+            state[f"after/{i:03d}/{name}"] = left
+        state |= {f"alone/{name}": own for name, own in found.alone.items()}
+        if self.ball.x.dim() <= 4:
+            index = (found.outcome > 0).nonzero().squeeze(1)
+            state["square"] = self.ball.x.clone()
+            if len(index):
+                seeds = noise.derive(self.seeds[index], "square")
+                state["square"][index] = self._squares(self.ball.x[index], self.y[index], seeds)
+        return {**state, "rows": torch.tensor([self.soft.rows, self.hard.rows])}
+
+    def recall(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what `alone` found, here or in an earlier audit."""
+        home = self.ball.x.device
+        state = {name: tensor.to(home) for name, tensor in state.items()}
+        self.found.outcome, self.found.points = state["outcome"].clone(), state["points"].clone()
+        self.found.source, self._square = state.get("source"), state.get("square")
+        after = sorted(name for name in state if name.startswith("after/"))
+        self.found.after = {name.split("/", 2)[2]: state[name] for name in after}
+        self.found.alone = {name[len("alone/") :]: state[name] for name in state if name.startswith("alone/")}
+        self.soft.rows, self.hard.rows = map(int, state["rows"].tolist())
+
+    def _squares(self, x: Tensor, y: Tensor, seeds: Tensor) -> Tensor:
+        loss, queries = goal_of(self.task), self.threat.queries
+        return square(self.hard, x, y, seeds=seeds, queries=queries, loss=loss, **self._common())
 
     def offer(self, name: str, points: Tensor) -> None:
         """Try points that were found elsewhere, such as on another model, on all examples."""

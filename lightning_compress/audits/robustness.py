@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from lightning_compress.audits.embedding_robustness import EmbeddingRobustness
 from lightning_compress.audits.handles import InputSpace, ModelHandle
 from lightning_compress.audits.integrity import batch_invariance, determinism, twin_fidelity
 from lightning_compress.audits.ladder import MODELS, Ladder, Rungs, Threat, default_threat
+from lightning_compress.audits.remembered import from_text, to_text
 from lightning_compress.audits.results import AuditResult, Check, Metric
 from lightning_compress.errors import CompressionError
 
@@ -109,7 +111,12 @@ class Robustness:
         }
         sources: dict[str, Tensor] = {}
         for name, ladder in ladders.items():
-            if context.gradients(name).correlation is not None:
+            gradient = context.gradients(name).correlation is not None
+            if name == "dense" and context.remembered is not None:
+                arguments = {**plain_threat(ladder.threat), "gradient": gradient, "seeds": seeds}
+                ladder.recall(context.of_dense("attacks", arguments, partial(ladder.alone, gradient)))
+                sources |= {} if ladder.found.source is None else {name: ladder.found.source}
+            elif gradient:
                 ladder.gradient()
                 sources[name] = ladder.far()
         twin = _twin(context.compressed)
@@ -141,8 +148,16 @@ class Robustness:
         checks += sanity.gradients_beat_the_rest(everywhere)
         if self.sanity:
             own = self._threat(handle, threat)
-            checks.append(sanity.nothing_moves(handle, task, x, y, seeds, own))
-            checks.append(sanity.everything_falls(handle, task, x, y, seeds, own))
+
+            def alone() -> dict[str, Tensor]:
+                made = [
+                    check(handle, task, x, y, seeds, own) for check in (sanity.nothing_moves, sanity.everything_falls)
+                ]
+                return {"checks": to_text([[check.check, check.ok, check.detail] for check in made])}
+
+            arguments = {**plain_threat(own), "examples": len(x)}
+            kept = context.of_dense("attack checks", arguments, alone) if name == "dense" else alone()
+            checks += [Check(*entry) for entry in from_text(kept["checks"])]
             checks.append(sanity.noise_is_weaker(handle, task, x, y, seeds, own, found))
             if self.thorough and context.gradients(name).correlation is not None:
                 checks.append(sanity.more_steps(handle, task, x, y, seeds, own, found))
@@ -213,6 +228,13 @@ class Robustness:
                     f"not depend on the scale of logits, others would call such examples robust"
                 )
         return said
+
+
+def plain_threat(threat: Threat) -> dict[str, Any]:
+    """What an attacker may do, as arguments of a memory; bounds of inputs belong to the model's handle."""
+    values = {field.name: getattr(threat, field.name) for field in fields(threat)}
+    space = values.pop("space")
+    return {**values, "space": [space.low, space.high, space.mutable]}
 
 
 def raw_inputs(context: AuditContext) -> tuple[Tensor, InputSpace]:

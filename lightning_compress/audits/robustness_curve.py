@@ -5,14 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_compress.audits import sanity
 from lightning_compress.audits.attacks.auto_pgd import apgd
-from lightning_compress.audits.attacks.curve import Curve
 from lightning_compress.audits.attacks.curve import robustness_curve as trace
 from lightning_compress.audits.attacks.noise import derive, example_seeds
 from lightning_compress.audits.attacks.oracle import Oracle
@@ -20,9 +19,20 @@ from lightning_compress.audits.attacks.square_search import square
 from lightning_compress.audits.context import AuditContext
 from lightning_compress.audits.handles import ModelHandle
 from lightning_compress.audits.ladder import MODELS, Threat, default_threat, oracle_of
+from lightning_compress.audits.remembered import from_text, to_text
 from lightning_compress.audits.results import AuditResult, Check
-from lightning_compress.audits.robustness import blocks, raw_inputs, without_options
+from lightning_compress.audits.robustness import blocks, plain_threat, raw_inputs, without_options
 from lightning_compress.errors import CompressionError
+
+
+class Traced(NamedTuple):
+    """What is reported of the curves of some examples: see `attacks.curve.Curve`."""
+
+    clean: Tensor
+    robust: Tensor
+    area: Tensor
+    rows: Tensor
+
 
 _SHARES = (0.125, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0)
 
@@ -70,20 +80,28 @@ class RobustnessCurve:
         seeds = example_seeds(context.ids, context.seed).to(x.device)
         threat = default_threat(x, space, self.norm, None if self.radii is None else self.radii[-1], **self.settings)
         radii = self.radii or [share * threat.eps for share in _SHARES]
-        curves: dict[str, list[Curve]] = {name: [] for name in MODELS}
+        curves: dict[str, list[Traced]] = {name: [] for name in MODELS}
         done = 0
         for block in blocks(x, context):
             for name in MODELS:
                 handle: ModelHandle = getattr(context, name)
                 soft = context.gradients(name).correlation is not None
                 attack = self._attack(handle, threat, soft)
-                curves[name].append(
-                    trace(
+
+                def follow(
+                    handle: ModelHandle = handle, attack: Any = attack, block: slice = block
+                ) -> dict[str, Tensor]:
+                    curve = trace(
                         attack, oracle_of(handle, threat), x[block], context.targets[block], radii=radii,
                         norm=threat.norm, space=space, seeds=seeds[block], scale=threat.scale,
                         predict=Oracle(handle.predict, threat.batch_size, threat.align),
-                    )
-                )  # fmt: skip
+                    )  # fmt: skip
+                    own = {"clean": curve.clean, "robust": curve.robust, "area": curve.area}
+                    return {**own, "rows": torch.tensor(curve.rows)}
+
+                arguments = {**plain_threat(threat), "radii": list(radii), "soft": soft, "seeds": seeds[block]}
+                found = context.of_dense("curve", arguments, follow) if name == "dense" else follow()
+                curves[name].append(Traced(**{key: found[key].to(x.device) for key in Traced._fields}))
             done = block.stop
         return self._report(context, curves, radii, threat, x[:done], seeds[:done], time.perf_counter() - started)
 
@@ -95,7 +113,7 @@ class RobustnessCurve:
     def _report(
         self,
         context: AuditContext,
-        curves: dict[str, list[Curve]],
+        curves: dict[str, list[Traced]],
         radii: Sequence[float],
         threat: Threat,
         x: Tensor,
@@ -114,7 +132,19 @@ class RobustnessCurve:
             made.append(sanity.monotone(whole))
             if context.gradients(name).correlation is not None:
                 middle = len(radii) // 2
-                made.append(sanity.curve_matches(handle, x, y, seeds, threat, radii[middle], robust[name][:, middle]))
+
+                def match(
+                    handle: ModelHandle = handle,
+                    y: Tensor = y,
+                    left: Tensor = robust[name][:, middle],
+                    radius: float = radii[middle],
+                ) -> dict[str, Tensor]:
+                    check = sanity.curve_matches(handle, x, y, seeds, threat, radius, left)
+                    return {"check": to_text([check.check, check.ok, check.detail])}
+
+                arguments = {**plain_threat(threat), "radii": list(radii), "left": robust[name][:, middle]}
+                kept = context.of_dense("curve check", arguments, match) if name == "dense" else match()
+                made.append(Check(*from_text(kept["check"])))
             checks += made if name == "compressed" else [Check(f"dense: {c.check}", c.ok, c.detail) for c in made]
         words = {
             "norm": threat.norm, "eps": list(radii), "steps": threat.steps, "via": context.compressed.via,
@@ -132,7 +162,7 @@ class RobustnessCurve:
         curve = {"name": "robustness", "kind": "curve", "x": "radius", "y": "accuracy", "series": series}
         per_example = {"ids": context.gather(context.ids[: len(x)]).tolist()}
         per_example |= {f"{name}_area": context.gather(area[name]).tolist() for name in MODELS}
-        params = {**words, "forward_passes": {name: sum(c.rows for c in curves[name]) for name in MODELS}}
+        params = {**words, "forward_passes": {name: sum(int(c.rows) for c in curves[name]) for name in MODELS}}
         return AuditResult(self.name, 1, params, [metric], per_example, [curve])
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_compress.audits.attacks.noise import example_seeds
 from lightning_compress.audits.context import AuditContext
@@ -22,6 +22,7 @@ from lightning_compress.audits.privacy.reconstruction import (
 )
 from lightning_compress.audits.privacy.scores import only_tensor
 from lightning_compress.audits.random_models import random_model
+from lightning_compress.audits.remembered import fingerprint
 from lightning_compress.audits.results import AuditResult, Check, Metric
 from lightning_compress.audits.undivided import gathered_mean, undivided
 from lightning_compress.errors import CompressionError
@@ -113,7 +114,7 @@ class Inversion:
         found, trust = {}, []
         for which, handle in models.items():
             context.progress(f"inversion of the {which} model, {way.replace('_', ' ')}", None)
-            found[which] = self._reconstruct(handle, way, targets, seeds, shape)
+            found[which] = self._made(context, which, handle, way, targets, seeds, shape)
         if way == "white_box":
             trust = context.gradients("compressed").checks()
         threat: dict[str, Any] = {"access": way, "steps": self._steps(way), "via": context.compressed.via}
@@ -137,6 +138,28 @@ class Inversion:
 
     def _steps(self, way: Access) -> int:
         return self.steps if way == "white_box" else max(1, self.steps // 2)
+
+    def _made(
+        self,
+        context: AuditContext,
+        which: str,
+        handle: ModelHandle,
+        way: Access,
+        targets: Tensor,
+        seeds: Tensor,
+        shape: tuple[int, ...],
+    ) -> Tensor:
+        """Reconstructions of one model; those of the references may be known from an earlier audit."""
+        if which == "compressed" or context.remembered is None or not isinstance(handle.deployed, nn.Module):
+            return self._reconstruct(handle, way, targets, seeds, shape)
+        arguments = {
+            "access": way, "steps": self._steps(way), "queries": self.queries, "smoothness": self.smoothness,
+            "targets": targets, "seeds": seeds, "shape": shape, "model": fingerprint(handle),
+        }  # fmt: skip
+        found = context.of_dense(
+            "inversion", arguments, lambda: {"x": self._reconstruct(handle, way, targets, seeds, shape)}
+        )
+        return found["x"].to(targets.device)
 
     def _reconstruct(
         self, handle: ModelHandle, way: Access, targets: Tensor, seeds: Tensor, shape: tuple[int, ...]
