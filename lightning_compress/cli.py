@@ -68,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--seed", type=int, default=0)
     one.add_argument("--margin", action="append", default=[], metavar="FAMILY.METRIC=VALUE", help="may be repeated")
     one.add_argument("--name", help="of the compressed model, for the card")
+    one.add_argument("--energy", action="store_true", help="measure joules too; without it, where codecarbon is there")
     one.add_argument("--cache", help="a folder that keeps what the dense model did, for the next audit against it")
     one.add_argument("--report", action="append", default=[], help=".html, .json or .md; may be repeated")
     many = commands.add_parser("compare", help="put scorecards beside each other")
@@ -102,6 +103,7 @@ def _audit(options: argparse.Namespace) -> int:
         seconds=options.seconds,
         seed=options.seed,
         cache=options.cache,
+        energy=options.energy or None,
         margins=dict(map(_margin, options.margin)),
         identity={"name": options.name or Path(options.compressed).name, "reference": Path(options.dense).name},
     )

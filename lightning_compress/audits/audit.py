@@ -32,7 +32,7 @@ from lightning_compress.audits.spending import cost_of
 from lightning_compress.audits.tasks import Task, TaskName
 from lightning_compress.errors import CompressionError
 from lightning_compress.nested import tensors_in
-from lightning_compress.writing import PathLike
+from lightning_compress.writing import PathLike, require
 
 # In the order of the scorecard. By name, because some need packages that not everybody has.
 _AUDITS = (
@@ -92,6 +92,7 @@ def audit(
     batch_size: int = 256,
     cache: PathLike | None = None,
     cost: bool = True,
+    energy: bool | None = None,
     production: Mapping[str, Any] | None = None,
     identity: Mapping[str, Any] | None = None,
     progress: bool | None = None,
@@ -132,7 +133,9 @@ def audit(
         cache: A folder: what the dense model does is kept there, and not computed again for the next compressed model.
             Used only for the same weights, code, examples, arguments and versions.
         cost: Whether bytes, multiply-accumulates, latency and memory are measured.
-        production: What producing the compressed model cost, such as ``{"steps": 900, "seconds": 61.0}``.
+        energy: Whether the cost holds joules, by codecarbon without a network; None: where it is installed.
+        production: What producing the compressed model cost, such as ``{"steps": 900, "seconds": 61.0}``; see
+            `lightning_compress.audits.producing.Production`.
         identity: Further entries for the card, such as ``{"name": "ResNet-18, int8", "data": "CIFAR-10 test"}``.
         progress: Whether a progress bar is shown; None: on a terminal.
 
@@ -152,6 +155,8 @@ def audit(
         dense, compressed, data, task, space, normalized, twin, examples, seconds, seed, members, nonmembers, ood,
         calibration, references or {}, margins or {}, options or {}, prepare_batch, select, batch_size,
     )  # fmt: skip
+    if energy:  # before minutes of work, not after
+        require("codecarbon", extra="energy")
     chosen = default_audits(tier) if audits is None else list(audits)
     caveats: list[str] = []
     context = prepare(request, caveats)
@@ -161,7 +166,8 @@ def audit(
         spent: dict[str, Any] = {}
         if cost:
             bar.step("cost")
-            spent = cost_of(context.dense, context.compressed, context.inputs, batch_size=min(32, batch_size))
+            size = min(32, batch_size)
+            spent = cost_of(context.dense, context.compressed, context.inputs, batch_size=size, energy=energy)
     if production:
         spent["production"] = dict(production)
     return scorecard_of(context, results, spent, caveats, weights, {**_identity(context, request), **(identity or {})})

@@ -17,7 +17,7 @@ from lightning_compress.audits.scorecard import Scorecard
 from lightning_compress.errors import CompressionError
 
 _WORST: tuple[Verdict, ...] = ("FAIL", "UNTRUSTED", "INCONCLUSIVE", "PASS")
-COST_KEYS = ("file_bytes", "zipped_bytes", "bytes", "parameters", "nonzeros", "macs", "peak_bytes")
+COST_KEYS = ("file_bytes", "zipped_bytes", "bytes", "parameters", "nonzeros", "macs", "peak_bytes", "joules")
 
 
 @dataclass

@@ -137,7 +137,7 @@ def _cost(card: Mapping[str, Any]) -> str:
     if not rows and not produced:
         return ""
     made = [(title(key), value) for key, value in produced.items()]
-    where = ", ".join(f"{key} {card['cost'][key]}" for key in ("device", "threads") if key in card["cost"])
+    where = ", ".join(f"{key} {card['cost'][key]}" for key in ("device", "threads", "energy") if key in card["cost"])
     return (
         "<section><h2>Cost</h2><p class=question>What does it save?</p>"
         + (table(["", "dense", "compressed", "compressed / dense"], rows) if rows else "")

@@ -40,6 +40,7 @@ COSTS: Mapping[str, str] = {
     "nonzeros": "Parameters that are not zero",
     "macs": "Multiply-accumulates, one example",
     "peak_bytes": "Live memory at most, one example, bytes",
+    "joules": "Energy, one example in a batch, joules",
 }
 
 

@@ -1,4 +1,4 @@
-"""The cost section of a scorecard: bytes, multiply-accumulates, measured latency and memory of both models."""
+"""The cost section of a scorecard: bytes, multiply-accumulates, measured latency, memory and energy of both models."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.audits.energy import EXTRA, energy_of_calls, is_installed
 from lightning_compress.audits.handles import ModelHandle, take
 from lightning_compress.cost import Cost, LatencyRatio, LiveBytes, latency, latency_ratio
 from lightning_compress.errors import CompressionError
@@ -32,7 +33,13 @@ class _Spread:
 
 
 def cost_of(
-    dense: ModelHandle, compressed: ModelHandle, inputs: Any, *, repeats: int = 20, batch_size: int = 32
+    dense: ModelHandle,
+    compressed: ModelHandle,
+    inputs: Any,
+    *,
+    repeats: int = 20,
+    batch_size: int = 32,
+    energy: bool | None = None,
 ) -> dict[str, Any]:
     """What running both models costs, measured interleaved in this process.
 
@@ -42,12 +49,17 @@ def cost_of(
         inputs: Raw inputs (N, ...), of which the first are used.
         repeats: Measured rounds.
         batch_size: Of the larger of the two latencies; the other is of a single example.
+        energy: Whether joules are measured, about a second for both models; None: where codecarbon is installed.
 
     Returns:
         Under `"dense"` and `"compressed"`: `bytes` (tensors), `file_bytes` (serialised), `zipped_bytes` (the same,
         zipped: where zeros of masks show), `parameters`, `nonzeros`, `macs` of one example, `latency` (p50 and p95
-        seconds by batch size), `peak_bytes` of live tensors in one call. Under `"ratio"`: compressed over dense. What
-        cannot be measured is None.
+        seconds by batch size), `peak_bytes` of live tensors in one call, `joules` of one example in a batch. Under
+        `"ratio"`: compressed over dense. Under `"energy"`: how joules were found, or why not. What cannot be measured
+        is None.
+
+    Raises:
+        CompressionError: Energy is asked for, and codecarbon is not installed.
     """
     one = take(inputs, slice(0, 1))
     many = take(inputs, slice(0, batch_size))
@@ -62,11 +74,28 @@ def cost_of(
             found = times[name]
             sections[name].setdefault("latency", {})[label] = {"p50": found.p50, "p95": found.p95}
         ratios[f"latency_{label}"] = _ratio(latency_ratio(times["compressed"], times["dense"]))
-    for key in ("bytes", "file_bytes", "zipped_bytes", "parameters", "nonzeros", "macs", "peak_bytes"):
-        before, after = sections["dense"][key], sections["compressed"][key]
+    how = _energy(dense, compressed, many, energy, sections)
+    for key in ("bytes", "file_bytes", "zipped_bytes", "parameters", "nonzeros", "macs", "peak_bytes", "joules"):
+        before, after = sections["dense"].get(key), sections["compressed"].get(key)
         ratios[key] = after / before if before and after is not None else None
     where = {"device": str(next(tensors_in(one)).device), "threads": torch.get_num_threads()}
-    return {**sections, "ratio": ratios, **where}
+    return {**sections, "ratio": ratios, "energy": how, **where}
+
+
+def _energy(
+    dense: ModelHandle, compressed: ModelHandle, batch: Any, wanted: bool | None, sections: dict[str, Any]
+) -> str:
+    """Put joules of one example into the sections of both models; how they were found, or why they were not."""
+    if wanted is False:
+        return "not asked for"
+    if wanted is None and not is_installed():
+        return EXTRA
+    with _evaluating(dense, compressed):
+        found = energy_of_calls({"dense": _call(dense, batch), "compressed": _call(compressed, batch)})
+    size = len(next(tensors_in(batch)))
+    for name, own in found.items():
+        sections[name]["joules"] = own["joules"] / size
+    return f"of one example in a batch of {size}; {found['dense']['method']}"
 
 
 @contextmanager
