@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -18,6 +18,7 @@ from lightning_compress.audits.audit import default_audits, run_audits, scorecar
 from lightning_compress.audits.context import AuditContext, Budget
 from lightning_compress.audits.handles import InputSpace
 from lightning_compress.audits.preparing import Request, prepare
+from lightning_compress.audits.producing import Production
 from lightning_compress.audits.scorecard import Scorecard
 from lightning_compress.audits.spending import cost_of
 from lightning_compress.audits.tasks import TaskName
@@ -27,6 +28,7 @@ from lightning_compress.callbacks.coordinator import Coordinator
 from lightning_compress.callbacks.tracking import Tracker
 from lightning_compress.distillation.teachers import find_student_module, resolve_teacher_module
 from lightning_compress.errors import CompressionError
+from lightning_compress.writing import require
 
 if TYPE_CHECKING:
     from lightning import LightningModule, Trainer
@@ -60,6 +62,8 @@ class CompressionAudit(CompressionCallback):
         tier: Of the full audit: 0, 1 or 2.
         seconds: Time for the audits of the end; what is cut short says so.
         margins: ``"family.metric"`` -> how much worse is acceptable.
+        energy: Measure the joules of this fit, and of running both models, by codecarbon without a network; False:
+            those of running alone, where it is installed.
         report: Files to write the final scorecard to, ending in ``.html``, ``.json`` or ``.md``; one or several.
         student: Name of the part that takes inputs and gives logits; default: found as for `Distillation`.
         seed: Of everything random.
@@ -99,6 +103,7 @@ class CompressionAudit(CompressionCallback):
         tier: int = 1,
         seconds: float | None = None,
         margins: Mapping[str, float] | None = None,
+        energy: bool = False,
         report: Sequence[str] | str | None = None,
         student: str | None = None,
         seed: int = 0,
@@ -123,7 +128,7 @@ class CompressionAudit(CompressionCallback):
         self.space = None if space is None else InputSpace(float(space[0]), float(space[1]), mean, std)
         self.normalized, self.every, self.examples, self.final = normalized, every, examples, final
         self.final_examples, self.tier, self.seconds = final_examples, tier, seconds
-        self.margins = dict(margins or {})
+        self.margins, self.energy = dict(margins or {}), energy
         super().__init__(name)
 
     # ---------------------------------------------------------------------------------------------------------- life
@@ -136,10 +141,14 @@ class CompressionAudit(CompressionCallback):
         self._contexts: dict[int, AuditContext] = {}
         self._caveats: dict[int, list[str]] = {}
         self._validations = 0
+        self._made: Production | None = None
+        self._first_step = 0
 
     def check(self, run: Coordinator) -> None:
         """See `CompressionCallback.check`."""
         run.adapter.require("audits during a fit", self.name)
+        if self.energy:
+            require("codecarbon", extra="energy")
         if self.reference == "initial" and run.continues:
             raise CompressionError(
                 f"{self.name}: this fit goes on with an older one, so the model is not what training began with; pass "
@@ -167,6 +176,8 @@ class CompressionAudit(CompressionCallback):
         """Place the reference beside the model."""
         assert self._root is not None
         self._root.to(run.adapter.device)
+        self._made, self._first_step = Production(self.energy and run.trainer.is_global_zero), run.trainer.global_step
+        self._made.start()
         if self.data is None and not run.trainer.enable_validation:
             raise CompressionError(
                 f"{self.name}: this fit has no validation data; pass held-out data as `data=`, such as a DataLoader"
@@ -204,6 +215,8 @@ class CompressionAudit(CompressionCallback):
         """Let the reference go."""
         self._root = None
         self._contexts, self._caveats = {}, {}
+        if self._made is not None:
+            self._made.stop()
 
     # ---------------------------------------------------------------------------------------------------------- work
     def _audit(
@@ -229,8 +242,22 @@ class CompressionAudit(CompressionCallback):
             kept._cache = {key: value for key, value in context._cache.items() if key == id(kept.dense)}
         spent: dict[str, Any] = {}
         if cost and trainer.is_global_zero:
-            spent = cost_of(context.dense, context.compressed, context.inputs)
+            spent = cost_of(context.dense, context.compressed, context.inputs, energy=self.energy or None)
+            spent["production"] = self._produced(trainer)
         return scorecard_of(context, results, spent, caveats, None, self._identity(context, trainer, pl_module))
+
+    def _produced(self, trainer: Trainer) -> dict[str, Any]:
+        """What this fit has cost so far; an older one that it goes on with is not in it."""
+        assert self._made is not None
+        self._made.stop()
+        loader = trainer.train_dataloader
+        data = getattr(loader, "dataset", None)
+        self._made.note(
+            steps=trainer.global_step - self._first_step,
+            epochs=trainer.current_epoch,
+            examples=len(data) if isinstance(data, Sized) else None,
+        )
+        return self._made.to_dict()
 
     def _request(self, trainer: Trainer, model: nn.Module, examples: int) -> Request:
         data = _named(self.data) if isinstance(self.data, str) else self.data

@@ -48,7 +48,9 @@ class Production:
             self._meter.start()
 
     def stop(self) -> None:
-        """End: seconds, the peak of CUDA memory of this process so far, and joules."""
+        """End: seconds, the peak of CUDA memory of this process so far, and joules; a second call does nothing."""
+        if "seconds" in self._noted:
+            return
         self._noted["seconds"] = round(self._clock() - self._begun, 3)
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             peaks = [torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count())]

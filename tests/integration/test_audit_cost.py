@@ -1,4 +1,4 @@
-"""What a scorecard says about cost: of running both models, and of producing the compressed one; joules where possible."""
+"""What a scorecard says about cost: of running both models, and of producing the compressed one; joules if possible."""
 
 from __future__ import annotations
 
@@ -10,18 +10,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
 import lightning_compress as lc
-from lightning_compress.audits import energy
+from lightning_compress.audits import energy, producing
 from lightning_compress.audits.energy import energy_of_calls
 from lightning_compress.audits.handles import ModelHandle
 from lightning_compress.audits.producing import Production
 from lightning_compress.audits.scorecard import Scorecard
 from lightning_compress.audits.spending import cost_of
+from lightning_compress.callbacks import CompressionAudit
+from lightning_compress.callbacks.testing import TinyNet, tiny_loader
 
 needs_codecarbon = pytest.mark.skipif(importlib.util.find_spec("codecarbon") is None, reason="needs codecarbon")
 
@@ -143,3 +146,52 @@ def test_energy_that_nobody_asked_for_is_not_measured(monkeypatch: pytest.Monkey
     monkeypatch.setattr(energy, "EnergyMeter", lambda *_: pytest.fail("a meter was made"))
     handles = [ModelHandle(copy.deepcopy(net)) for net in nets()]
     assert cost_of(*handles, torch.rand(4, 32), repeats=2, energy=False)["energy"] == "not asked for"
+
+
+@pytest.mark.parametrize("measured", [False, pytest.param(True, marks=needs_codecarbon)])
+def test_a_fit_says_what_it_cost(measured: bool) -> None:
+    audit = CompressionAudit("initial", every=0, tier=0, final_examples=16, energy=measured)
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    trainer = L.Trainer(max_epochs=2, accelerator="cpu", callbacks=[audit], **quiet)
+    loader = tiny_loader()
+    trainer.fit(TinyNet(width=4), loader, tiny_loader())
+    made = audit.card.cost["production"]
+    assert (made["steps"], made["epochs"], made["examples"]) == (2 * len(loader), 2, len(loader.dataset))
+    assert made["seconds"] > 0
+    assert ("joules" in made) is measured
+    assert "peak_cuda_bytes" not in made or torch.cuda.is_available()
+
+
+def test_a_fit_that_breaks_leaves_no_meter(monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped = []
+
+    class Meter:
+        def start(self) -> None: ...
+
+        def stop(self) -> dict[str, Any]:
+            stopped.append(True)
+            return {"joules": 1.0, "method": "none"}
+
+    class Breaks(TinyNet):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            raise RuntimeError("on purpose")
+
+    monkeypatch.setattr(producing, "EnergyMeter", Meter)
+    monkeypatch.setattr("lightning_compress.callbacks.audit.require", lambda *_, **__: None)
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    audit = CompressionAudit("initial", tier=0, energy=True)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        L.Trainer(max_epochs=1, accelerator="cpu", callbacks=[audit], **quiet).fit(
+            Breaks(), tiny_loader(), tiny_loader()
+        )
+    assert stopped == [True]
