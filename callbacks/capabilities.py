@@ -46,6 +46,13 @@ _DEEPSPEED = (
 )
 _LATER = Verdict("later", "it is not supported yet. Use strategy='ddp' or ModelParallelStrategy")
 _MIDFIT = Verdict("refused, three ways out", _FIXED_SHAPES)
+_MANUAL = Verdict(
+    "refused",
+    "it runs `training_step` inside its own forward, and a `manual_backward` in there stops with an assertion of "
+    "PyTorch, with or without this package. Use ModelParallelStrategy (FSDP2) or strategy='ddp', or optimize "
+    "automatically",
+)
+
 _INITIAL = Verdict("refused", "a dense copy of a sharded model cannot be kept. Pass a checkpoint path or a module")
 
 _GREEDY = Verdict(
@@ -84,6 +91,12 @@ _AUDIT_LATER = Verdict(
     "`lightning-compress audit`",
 )
 
+_FORWARD_ONLY = Verdict(
+    "refused, pause",
+    "each process holds only a part of the weights and of the optimizer's state, which is not kept a second time. Let "
+    "the gate wait instead (AuditGate(action='pause')), or train with strategy='ddp'",
+)
+
 CAPABILITIES: dict[str, dict[Kind, Verdict]] = {
     "masks, mid-fit": {
         "single": _YES, "ddp": _YES, "fsdp2": _YES, "fsdp1": _YES, "deepspeed": Verdict("refused", _DEEPSPEED),
@@ -117,6 +130,9 @@ CAPABILITIES: dict[str, dict[Kind, Verdict]] = {
         "single": _YES, "ddp": _YES, "fsdp2": _AFTERWARDS, "fsdp1": _AFTERWARDS, "deepspeed": _AFTERWARDS,
     },
     "distillation": {"single": _YES, "ddp": _YES, "fsdp2": _YES, "fsdp1": _YES, "deepspeed": _LATER},
+    "distillation, manual optimization": {
+        "single": _YES, "ddp": _YES, "fsdp2": _YES, "fsdp1": _MANUAL, "deepspeed": _LATER,
+    },
     "distillation from teacher='initial'": {
         "single": _YES, "ddp": _YES, "fsdp2": _INITIAL, "fsdp1": _INITIAL, "deepspeed": _LATER,
     },
@@ -138,6 +154,10 @@ CAPABILITIES: dict[str, dict[Kind, Verdict]] = {
     "audits during a fit": {
         "single": _YES, "ddp": Verdict("yes, shared out"), "fsdp2": _AUDIT_LATER, "fsdp1": _AUDIT_LATER,
         "deepspeed": _AUDIT_LATER,
+    },
+    "rollback by a gate": {
+        "single": _YES, "ddp": Verdict("yes, re-wrapped"), "fsdp2": _FORWARD_ONLY, "fsdp1": _FORWARD_ONLY,
+        "deepspeed": _FORWARD_ONLY,
     },
     "exact resume": {"single": _YES, "ddp": _YES, "fsdp2": _YES, "fsdp1": _YES, "deepspeed": Verdict("not run")},
 }  # fmt: skip

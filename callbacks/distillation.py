@@ -150,7 +150,8 @@ class Distillation(CompressionCallback):
     # ------------------------------------------------------------------------------------------------------ life
     def check(self, run: Coordinator) -> None:
         """See `CompressionCallback.check`."""
-        run.adapter.require("distillation", self.name)
+        manual = "" if run.pl_module.automatic_optimization else ", manual optimization"
+        run.adapter.require(f"distillation{manual}", self.name)
         self._check_source(run)
         teacher_cache.check(self.name, self.cache, self.is_average, self.losses)
         if self.placement == "shard" and run.adapter.kind != "fsdp2":

@@ -161,18 +161,16 @@ class SharedDistillation(Company):
         made = make_branches(root, network, self.heads, self.branches - 1, self.seed, self.name)
         gate = None
         if self.ensemble == "gate":
-            width = self._width(network)
+            width = self._width(network, getattr(root, "example_input_array", None))
             with isolated_rng(seed_of(self.name, self.seed, "gate")):
                 gate = Gate(width, self.branches)
         return Branches(made, gate)
 
     @torch.no_grad()
-    def _width(self, network: nn.Module) -> int:
+    def _width(self, network: nn.Module, example: Any) -> int:
         """Channels of the trunk's features, from an example call of a copy of the network."""
         assert self.heads is not None
-        example = self.example_inputs
-        if example is None:
-            example = getattr(network, "example_input_array", None)
+        example = self.example_inputs if self.example_inputs is not None else example
         if example is None:
             raise CompressionError(
                 f"{self.name}: the gate's size depends on the trunk's features; pass example_inputs= (the student's "

@@ -113,6 +113,21 @@ class TinyGan(TinyNet):
         return torch.optim.SGD(self.critic.parameters(), 0.01), torch.optim.SGD(self.net.parameters(), 0.01)
 
 
+class ShardedGan(TinyGan):
+    """Generator and critic, each sharded where there is a mesh."""
+
+    def configure_model(self) -> None:
+        if self.device_mesh is None or getattr(self, "_sharded", False):
+            return
+        from torch.distributed.fsdp import fully_shard
+
+        self._sharded = True
+        mesh = self.device_mesh["data_parallel"]
+        for part in (self.net[0], self.net, self.critic):
+            lc.materialize(part)
+            fully_shard(part, mesh=mesh)
+
+
 def teacher() -> torch.nn.Module:
     """The same teacher in every process."""
     with torch.random.fork_rng():
@@ -233,6 +248,12 @@ TECHNIQUES: dict[str, Callable[[], list[CompressionCallback]]] = {
     "attribution": lambda: [Distillation(teacher(), losses=[lc.AttributionMatching("net.5", 100.0), lc.AT("net.2")])],
     "generator": lambda: [
         Distillation(teacher().net, losses=[lc.Regression("l1", 2.0)], student="net")  # type: ignore[arg-type]
+    ],
+    "generator, hint": lambda: [
+        Distillation(
+            teacher().net, losses=[lc.Regression("l1", 2.0), lc.Hint("5", 10.0)],  # type: ignore[arg-type]
+            student="net", example_inputs=X,
+        )
     ],
     "average": lambda: [Distillation(lc.EMATeacher(0.7))],
     "similarity": lambda: [Distillation(teacher(), losses=[PerRank("net.5", 10.0)])],

@@ -101,9 +101,10 @@ def test_sharded_strategies_refuse_structure_in_mid_fit(name: str) -> None:
         ("fsdp2_refuses_a_chain", "Train the chain in several fits"),
         ("fsdp1_refuses_a_chain", "Train the chain in several fits"),
         ("fsdp2_refuses_a_greedy_route", "instead of anchors='greedy'"),
+        ("fsdp1_refuses_manual", "Use ModelParallelStrategy (FSDP2)"),
     ],
 )
-def test_sharded_strategies_refuse_what_looks_at_whole_models_in_mid_fit(name: str, says: str) -> None:
+def test_sharded_strategies_refuse_what_they_cannot_do_and_name_the_way_out(name: str, says: str) -> None:
     for result in ranks(case_of(name)):
         assert result["error"].startswith("CompressionError")
         assert says in result["error"]
