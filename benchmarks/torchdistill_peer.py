@@ -13,19 +13,15 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import logging
 import statistics
 import time
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from distillation_losses import Digits, accuracy, fit, splits
+from _small_tasks import Classifier, accuracy, digits, fit, images, quiet
+from _torchdistill import WithProjector, box_of, step_of
 from torch import Tensor, nn
-from torchdistill.core.distillation import DistillationBox
-from torchdistill.core.interfaces import forward_proc  # noqa: F401 - registers what the configuration names
-from torchdistill.losses import mid_level, util  # noqa: F401
 
 import lightning_compress as lc
 from lightning_compress.distillation.source import TapSource
@@ -36,11 +32,11 @@ RATE, TEMPERATURE, HINT, BATCH = 3e-3, 4.0, 10.0, 50
 Step = Callable[[Tensor, Tensor], float]
 
 
-def ours(student: Digits, teacher: Digits, hint: bool) -> Step:
+def ours(student: Classifier, teacher: nn.Module, hint: bool) -> Step:
     """A step of the user's own `training_step` with our terms around it."""
-    terms: list[lc.LossTerm] = [lc.KD(TEMPERATURE), *([lc.Hint("net.5", HINT)] if hint else [])]
+    terms: list[lc.LossTerm] = [lc.KD(TEMPERATURE), *([lc.Hint("5", HINT)] if hint else [])]
     pipeline = StepPipeline(lambda: 0)
-    source = TapSource("d", student, terms, Teacher(teacher))
+    source = TapSource("d", student.net, terms, Teacher(teacher))
     pipeline.add(source)
     pipeline.attach(source, student, source.measure(lambda: student.eval()(torch.zeros(2, 1, 28, 28))))
     student.train()
@@ -57,70 +53,17 @@ def ours(student: Digits, teacher: Digits, hint: bool) -> Step:
     return step
 
 
-class WithProjector(nn.Module):
-    """A student that also projects its features, for torchdistill to see."""
-
-    def __init__(self, student: Digits, projector: nn.Linear | None) -> None:
-        super().__init__()
-        self.net, self.projector = student.net, None
-        if projector is not None:
-            self.projector = nn.Conv2d(projector.in_features, projector.out_features, 1)
-            with torch.no_grad():
-                self.projector.weight.copy_(projector.weight[..., None, None])
-                self.projector.bias.copy_(projector.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        features = self.net[:6](x)
-        if self.projector is not None:
-            self.projector(features)
-        return self.net[6:](features)
-
-
-def peer(student: Digits, teacher: Digits, projector: nn.Linear | None) -> Step:
-    """A step of torchdistill's box."""
-    whole = WithProjector(student, projector)
-    io = {"student_module_path": ".", "student_module_io": "output", "teacher_module_path": "."}
-    kd = {**io, "teacher_module_io": "output", "temperature": TEMPERATURE, "alpha": 1.0, "beta": 1.0}
-    terms: dict[str, Any] = {"kd": {"criterion": {"key": "KDLoss", "kwargs": kd}, "weight": 1.0}}
-    if projector is not None:
-        paths = {
-            "input": {"is_from_teacher": False, "module_path": "projector", "io": "output"},
-            "target": {"is_from_teacher": True, "module_path": "net.5", "io": "output"},
-        }
-        wrapper = {"key": "SimpleLossWrapper", "kwargs": paths}
-        terms["hint"] = {
-            "criterion": {"key": "MSELoss", "kwargs": {}}, "criterion_wrapper": wrapper, "weight": HINT,
-        }  # fmt: skip
-    hooks = {"output": ["net.5"]} if projector is not None else {}
-    config = {
-        "num_epochs": 1,
-        "teacher": {"forward_hook": hooks, "requires_grad": False, "forward_proc": "forward_batch_only"},
-        "student": {
-            "forward_hook": {"output": ["projector"]} if projector is not None else {},
-            "forward_proc": "forward_batch_only",
-        },
-        "optimizer": {"key": "AdamW", "kwargs": {"lr": RATE}},
-        "criterion": {"key": "WeightedSumLoss", "kwargs": {"sub_terms": terms}},
-    }
-    box = DistillationBox(teacher, whole, {}, config, torch.device("cpu"), None, False, 1)
-    box.teacher_model.eval()
-    box.student_model.train()
-
-    def step(x: Tensor, y: Tensor) -> float:
-        loss = box.forward_process(x, y, None)
-        box.post_forward_process(loss)
-        return float(loss)
-
-    return step
-
-
-def run(hint: bool, seed: int, teacher: Digits, data: Any, epochs: int) -> dict[str, Any]:
+def run(hint: bool, seed: int, teacher: nn.Module, data: Any, epochs: int) -> dict[str, Any]:
     torch.manual_seed(seed)
-    mine = Digits(4, RATE)
+    mine = Classifier(images(4), RATE, 1, torch.zeros(2, 1, 28, 28))
     theirs = copy.deepcopy(mine)
     first = ours(mine, copy.deepcopy(teacher), hint)
     projector = mine._modules["_lc_d_hint"].layers["0"] if hint else None  # type: ignore[union-attr, index]
-    steps = {"ours": first, "torchdistill": peer(theirs, copy.deepcopy(teacher), projector)}
+    box = box_of(
+        WithProjector(theirs.net, 5, projector), copy.deepcopy(teacher), RATE, (TEMPERATURE, 1.0),
+        ("5", HINT) if hint else None,
+    )  # fmt: skip
+    steps = {"ours": first, "torchdistill": step_of(box)}
     x, y = data["train"].tensors
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     losses: dict[str, list[float]] = {name: [] for name in steps}
@@ -143,12 +86,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=30)
     options = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    for name in ("lightning.pytorch", "torchdistill"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    torch.set_num_threads(1)
-    data = splits()
-    teacher = fit(24, 1e-2, 0, data["train"], 20)
+    quiet()
+    data = digits().parts
+    teacher = fit(lambda: images(24), data["train"], BATCH, 1e-2, 0, 20).net
     print(f"teacher: {accuracy(teacher, data['test']):.2f} % of the test digits")
     results: dict[str, Any] = {"name": "torchdistill_peer", "peer": "torchdistill 1.1.5"}
     for arm, hint in (("KD", False), ("KD and a hint", True)):

@@ -184,7 +184,7 @@ class AssistantDistillation(Distillation):
         if self._drawn is None:
             has_example = self.example_inputs is not None or run.pl_module.example_input_array is not None
             call = self._call(run, student) if has_example else None
-            module, self._drawn = candidates.draw(run, self.name, self.assistants, teacher, call)
+            module, self._drawn = candidates.draw(run, self.name, self.assistants, teacher, student, call)
         else:
             module = candidates.replayed(teacher, self._drawn["edits"])
         return module.requires_grad_(True).train()

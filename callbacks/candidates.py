@@ -41,8 +41,12 @@ class DrawnAssistant:
 
     A copy of the teacher is made at each scale, its BatchNorm statistics are measured anew, and all copies answer the
     same samples in one pass. The one with the largest ``metric + tradeoff * (1 - scale)`` becomes the assistant and is
-    trained like any other. In the paper candidates are trained together before they are scored; here they are scored as
-    they come out of the cut.
+    trained like any other. The score, its default weight, and one assistant at most are MiniDisc's (compared with the
+    authors' code, GeneZC/MiniDisc). Ours is: candidates are scored as they come out of the cut, on training data (there
+    they are trained together first, sharing weights, and scored by their best result on held-out data); channels or
+    ranks are taken away by this package's criteria (there heads and units of transformers, by importance); of equal
+    candidates the smaller is taken; and one with no more parameters than the student is left out (there it is replaced
+    by the student's own size, so that nothing lies in between).
 
     Args:
         scales: Shares of the teacher's parameters to keep, in (0, 1).
@@ -88,7 +92,7 @@ class _Candidate:
 
 
 def draw(
-    run: Coordinator, owner: str, spec: DrawnAssistant, teacher: nn.Module, call: ExampleCall | None
+    run: Coordinator, owner: str, spec: DrawnAssistant, teacher: nn.Module, student: nn.Module, call: ExampleCall | None
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Make the candidates, score them on rank 0, and return the chosen one with a record in plain data.
 
@@ -97,6 +101,7 @@ def draw(
         owner: For messages.
         spec: Which candidates.
         teacher: The dense teacher; it is left as it was.
+        student: Whom the assistant is to teach; only its size matters.
         call: An example call of it; default: the first training batch.
 
     Raises:
@@ -104,7 +109,8 @@ def draw(
     """
     data = list(_data(run, spec, teacher, call))
     call = smaller(data[0][1]) if call is None else call
-    record = run.adapter.decide(lambda: _choose(owner, spec, teacher, call, data))
+    above = _size(student)
+    record = run.adapter.decide(lambda: _choose(owner, spec, teacher, above, call, data))
     chosen = record["scales"].index(record["scale"])
     made = _candidate(spec, teacher, call, record["asked"][chosen]) if spec.by == "low_rank" else None
     return (replayed(teacher, record["edits"]) if made is None else made.module), record
@@ -126,18 +132,25 @@ def _data(run: Coordinator, spec: DrawnAssistant, teacher: nn.Module, call: Exam
 
 
 def _choose(
-    owner: str, spec: DrawnAssistant, teacher: nn.Module, call: ExampleCall, data: Sequence[tuple[Tensor | None, Any]]
-) -> dict[str, Any]:
+    owner: str, spec: DrawnAssistant, teacher: nn.Module, above: int, call: ExampleCall,
+    data: Sequence[tuple[Tensor | None, Any]],
+) -> dict[str, Any]:  # fmt: skip
     candidates: list[_Candidate] = []
     asked, why = [], []
     for scale in spec.scales:
         try:
-            candidates.append(_candidate(spec, teacher, call, scale))
+            made = _candidate(spec, teacher, call, scale)
+            if _size(made.module) <= above:
+                raise CompressionError(f"it has {_size(made.module):,} parameters, and the student has {above:,}")
+            candidates.append(made)
             asked.append(scale)
         except CompressionError as error:  # another scale may do; said below
             why.append(f"{scale:g}: {error}")
     if not candidates:
-        raise CompressionError(f"{owner}: the teacher cannot be made smaller by {spec.by!r}. " + "; ".join(why))
+        raise CompressionError(
+            f"{owner}: by {spec.by!r} the teacher can be made into nothing between itself and the student. "
+            + "; ".join(why)
+        )
     if why:
         rank_zero_info(f"{owner}: no assistant of these scales: {'; '.join(why)}")
     _measure_statistics(candidates, data)

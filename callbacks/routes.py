@@ -47,7 +47,8 @@ class RouteDistillation(Distillation):
         anchors: Which of them teach. ``None``: all. A number: so many, at equal distances, the last one included. A
             list of steps: those saved then. ``"greedy"``: at each boundary the farthest checkpoint that is not
             more than `threshold` times as hard for the student as the one before, by ``KL(teacher || student)`` on
-            `samples` of the training data; the last boundary leads to the last checkpoint.
+            `samples` of the training data; the last boundary leads to the last checkpoint. The criterion is ours, see
+            `greedy_next`; equal distances are the paper's.
         at: Boundaries, as in `Schedule`: steps, parts of the run or epochs, ascending; one fewer than anchors. Default:
             phases of equal length.
         threshold: For ``"greedy"``, at least 1.

@@ -25,7 +25,7 @@ _MISSING = object()
 
 
 def tradeoff(metric: float, scale: float, weight: float = 0.2) -> float:
-    """MiniDisc's score of a candidate: ``metric + weight * sparsity``.
+    """MiniDisc's score of a candidate: ``metric + weight * sparsity``, as in the authors' code (GeneZC/MiniDisc).
 
     Args:
         metric: How well the candidate does as it is, in [0, 1].
@@ -51,7 +51,7 @@ def tradeoff(metric: float, scale: float, weight: float = 0.2) -> float:
 
 
 def choose(metrics: Sequence[float], scales: Sequence[float], weight: float = 0.2) -> int:
-    """Choose the candidate of the best `tradeoff`; of equal ones the smaller.
+    """Choose the candidate of the best `tradeoff`; of equal ones the smaller (the authors' code takes the first).
 
     Args:
         metrics: One for each candidate.

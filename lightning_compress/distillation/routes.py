@@ -208,9 +208,12 @@ def hardness(student: Tensor, teacher: Tensor, temperature: float = 1.0, class_d
 def greedy_next(row: Sequence[float], now: int, threshold: float) -> int:
     """Choose the next checkpoint: the last one that is not much harder for the student than the one it follows.
 
-    After the greedy search of Jin et al. 2019: with ``H[j]`` the hardness of checkpoint j for the student as checkpoint
-    `now` has taught it, j is within reach if ``H[j] <= threshold * H[now]``. If none is, the very next one is taken, so
-    that the route always leads to its end.
+    After the idea of Jin et al. 2019 to search greedily: steps along the route are as long as the student can follow.
+    With ``H[j]`` the hardness of checkpoint j for the student as checkpoint `now` has taught it, j is within reach if
+    ``H[j] <= threshold * H[now]``. If none is, the very next one is taken, so that the route always leads to its end.
+
+    This criterion is ours. The abstract does not state the authors' one, no code of theirs is public, and the public
+    re-implementation (KD-Lib) has only equal intervals of epochs, see `equally_spaced`.
 
     Args:
         row: Hardness of every checkpoint, >= 0; entries before `now` are not read.

@@ -208,6 +208,18 @@ def test_a_drawn_assistant_comes_from_the_teacher_and_the_metric_is_what_it_says
     assert torch.equal(kept[0].net[0].weight, wide().net[0].weight[keep])  # type: ignore[index, union-attr]
 
 
+def test_a_drawn_assistant_lies_between_teacher_and_student() -> None:
+    """A candidate that is no larger than the student is left out; if none is left there is nothing to draw."""
+    spec = DrawnAssistant(scales=(0.5, 0.02), samples=64, tradeoff=10.0)  # by its score the smallest would win
+    callback = AssistantDistillation(wide(), spec, losses=[lc.KD(2.0)], example_inputs=X)
+    fits.fit([callback])
+    assert callback._drawn is not None
+    assert callback._drawn["asked"] == [0.5]
+    none = AssistantDistillation(wide(), DrawnAssistant(scales=(0.02,), samples=64), example_inputs=X)
+    with pytest.raises(lc.CompressionError, match="nothing between itself and the student"):
+        fits.fit([none])
+
+
 # ------------------------------------------------------------------------------------------------------------ gap
 def test_a_gap_starts_the_chain_once() -> None:
     ours = staged.chain_by_gap()
