@@ -308,6 +308,20 @@ def test_narrowed_weights_add_up_without_overflow(made):
     assert float((y - z).abs().max() / (y.max() - y.min())) < 0.05
 
 
+def test_a_file_for_unknown_cpus_has_weights_that_add_up_anywhere(made, tmp_path):
+    onnx = pytest.importorskip("onnx")
+
+    def most(path):
+        """The largest sum of two absolute int8 weights of one output."""
+        tensors = [onnx.numpy_helper.to_array(t) for t in onnx.load(str(path)).graph.initializer]
+        weights = [torch.tensor(t).flatten(1).abs().int() for t in tensors if t.dtype == "int8" and t.ndim > 1]
+        assert len(weights) == 3
+        return max(int(rows.topk(2, dim=1).values.sum(1).max()) for rows in weights)
+
+    assert most(made[1].to_onnx(tmp_path / "safe.onnx")) <= 128
+    assert most(made[1].to_onnx(tmp_path / "full.onnx", reduce=False)) > 128  # the control
+
+
 def test_outputs_with_small_pairs_stay_exactly_as_they_are():
     model = nn.Linear(4, 2, bias=False)
     with torch.no_grad():

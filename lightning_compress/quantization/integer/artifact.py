@@ -25,6 +25,7 @@ from lightning_compress.probe import ExampleCall, from_example_inputs
 from lightning_compress.quantization.integer.dynamic import onnx_translations
 from lightning_compress.quantization.integer.lockstep import Agreement, agreement
 from lightning_compress.quantization.integer.lowering import lower
+from lightning_compress.quantization.integer.reduction import without_saturation
 from lightning_compress.quantization.integer.runtimes import Runner, Runtime, compile_program
 from lightning_compress.writing import PathLike, require, whole
 
@@ -160,12 +161,14 @@ class Int8Artifact:
             self._runners[key] = self.compile(runtime, threads)
         return self._runners[key](*args, **kwargs)
 
-    def to_onnx(self, path: PathLike, opset_version: int | None = None) -> Path:
+    def to_onnx(self, path: PathLike, opset_version: int | None = None, *, reduce: bool = True) -> Path:
         """Write an ONNX file with int8 weights, which ONNX Runtime and OpenVINO run as integers.
 
         Args:
             path: The file.
             opset_version: Of ONNX; default: the exporter's.
+            reduce: Narrow weights to what x86 CPUs without VNNI instructions add without overflow (see `reduction`):
+                nobody knows where a file will run. Turn it off for a file that only runs on CPUs without that fault.
 
         Raises:
             CompressionError: A package is missing, or an operator has no ONNX equivalent.
@@ -175,7 +178,8 @@ class Int8Artifact:
         record = encode({"version": VERSION, "metadata": dict(self.metadata)})
         with whole(target) as partial:
             entries = {manifests.KEY: encode(self.manifest), _ENTRY: record}
-            graphs.write_onnx(self.program, partial, entries, opset_version, onnx_translations())
+            program = without_saturation(self.program)[0] if reduce else self.program
+            graphs.write_onnx(program, partial, entries, opset_version, onnx_translations())
         return target
 
     def size(self, path: PathLike | None = None) -> int:
