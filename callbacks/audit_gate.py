@@ -1,16 +1,20 @@
-"""A gate between two events of compression: while an audit fails, the next event waits."""
+"""A gate between two events of compression: on a failed audit the next event waits, or the last one is undone."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lightning_compress.audits.scorecard import Scorecard
+from lightning_compress.callbacks import rollback
 from lightning_compress.callbacks.audit import CompressionAudit
-from lightning_compress.callbacks.base import AUDIT, FAKE_QUANT, CompressionCallback
+from lightning_compress.callbacks.base import AUDIT, DISTILLATION, FAKE_QUANT, CompressionCallback
+from lightning_compress.callbacks.channel_pruning import ChannelPruning
+from lightning_compress.callbacks.distillation import Distillation
+from lightning_compress.callbacks.pruning import Pruning
 from lightning_compress.errors import CompressionError
 from lightning_compress.schedule import Schedule
 
@@ -19,20 +23,32 @@ if TYPE_CHECKING:
 
 
 class AuditGate(CompressionCallback):
-    """Lets the next events of compression wait while a metric of an audit FAILs, so that training can catch up.
+    """Lets compression wait, or takes its last event back, when a metric of an audit FAILs.
 
-    After each cheap audit of the watched `CompressionAudit` the gate looks at the verdicts. On a FAIL it records a
-    pause for every technique that has events left: they all happen later by so many steps. INCONCLUSIVE and UNTRUSTED
-    never pause anything: what is not known is no reason. A pause is a recorded decision, the same on every rank, and a
-    resumed run has it. Where the run is too short for a whole pause, the rest of its steps is taken; then the events
-    happen, late, but with the values that were asked for.
+    After each cheap audit of the watched `CompressionAudit` the gate looks at the verdicts. INCONCLUSIVE and UNTRUSTED
+    never close it: what is not known is no reason. What it does is a recorded decision, the same on every rank, and a
+    resumed run has it.
+
+    With ``action="pause"`` every technique that has events left gets a pause: they all happen later by so many steps,
+    so that training can catch up. Where the run is too short for a whole pause, the rest of its steps is taken; then
+    the events happen, late, but with the values that were asked for.
+
+    With ``action="rollback"`` the model goes back to what it was right before the last event: structure, weights,
+    optimizer state, masks, and what the compressing callbacks remember. This happens before the next step, so that the
+    checkpoints of this validation hold the model that was audited, and the decision. The event is rejected: it does not
+    happen again, and the schedule holds the value before it until the next event. Time does not run backwards: steps,
+    learning rates, random numbers and the place in the data go on. It keeps a copy of model and optimizer state, in
+    memory and in checkpoints, from each event to the next, and works with `Pruning`, `ChannelPruning` and
+    `Distillation`, on one device and under DDP.
 
     Args:
         watch: Name of the `CompressionAudit`.
         metrics: Patterns of ``"family.metric"``; the gate closes if any metric that matches one fails.
         pause: How long each pause is: steps, or a share of the run such as ``"5%"``.
-        at_most: How many pauses there may be; ``None``: as many as the run has room for.
-        hold: Names of the callbacks to hold back; default: all that prune, cut, factor or quantize.
+        at_most: How often it may close; ``None``: as often as there is room for a pause, or an event to take back.
+        hold: Names of the callbacks to hold back; default: all that prune, cut, factor or quantize. A rollback takes
+            back what all of them did.
+        action: ``"pause"`` or ``"rollback"``.
         name: Tells two instances apart.
 
     Raises:
@@ -53,8 +69,13 @@ class AuditGate(CompressionCallback):
         pause: int | float | str = "5%",
         at_most: int | None = None,
         hold: Sequence[str] | None = None,
+        action: Literal["pause", "rollback"] = "pause",
         name: str | None = None,
     ) -> None:
+        if action not in ("pause", "rollback"):
+            raise ValueError(f"action is 'pause' or 'rollback'; got {action!r}")
+        if action == "rollback" and hold is not None:
+            raise ValueError("a rollback takes the whole model back, whoever changed it; leave hold= out")
         if not isinstance(watch, str) or not watch:
             raise ValueError(f"watch is the name of a CompressionAudit; got {watch!r}")
         for what, value in {"metrics": metrics, "hold": () if hold is None else hold}.items():
@@ -70,13 +91,16 @@ class AuditGate(CompressionCallback):
         super().__init__(name)
         self.watch, self.metrics, self.pause, self.at_most = watch, tuple(metrics), pause, at_most
         self.hold = None if hold is None else tuple(hold)
+        self.action = action
 
     def reset(self) -> None:
         """See `CompressionCallback.reset`."""
         super().reset()
         self.history: list[dict[str, Any]] = []
-        """``{"step", "failed", "paused"}`` of each time that it closed."""
+        """``{"step", "failed", "paused"}``, or ``"rejected"`` and ``"back_to"``, of each time that it closed."""
         self._steps = 0
+        self._kept: rollback.Snapshot | None = None
+        self._pending = False
 
     def check(self, run: Coordinator) -> None:
         """See `CompressionCallback.check`."""
@@ -100,9 +124,31 @@ class AuditGate(CompressionCallback):
                 f"callback with a schedule; there are {scheduled or 'none'}"
             )
 
+        if self.action == "rollback":
+            self._check_rollback(run)
+
+    def _check_rollback(self, run: Coordinator) -> None:
+        run.adapter.require("rollback by a gate", self.name)
+        known = (Pruning, ChannelPruning, Distillation)
+        other = [t.name for t in run.techniques if t.order <= DISTILLATION and not isinstance(t, known)]
+        # By name in the MRO: the `pytorch_lightning` copies of the classes count too.
+        keepers = {"WeightAveraging", "StochasticWeightAveraging", "BaseFinetuning"}
+        other += [
+            type(c).__name__
+            for c in run.trainer.callbacks  # type: ignore[attr-defined]
+            if keepers & {cls.__name__ for cls in type(c).__mro__}
+        ]
+        if other:
+            raise CompressionError(
+                f"{self.name}: {', '.join(other)} keeps layers, averages or stages of its own, which a rollback does "
+                "not bring back; it works with Pruning, ChannelPruning and Distillation. Let the gate wait instead: "
+                "action='pause'"
+            )
+
     def start(self, run: Coordinator) -> None:
-        """Work out how many steps a pause has."""
-        self._steps = 0 if run.is_trial else run.resolve(Schedule(begin=self.pause, curve="constant")).events[0]
+        """Work out how many steps a pause has: at least one, however short the run."""
+        pause = Schedule(begin=self.pause, curve="constant")
+        self._steps = 0 if run.is_trial else max(1, run.resolve(pause).events[0])
 
     def audited(self, run: Coordinator, audit: str, card: Scorecard) -> None:
         """Close if a watched metric failed; called before checkpoints of the same validation are saved."""
@@ -110,6 +156,9 @@ class AuditGate(CompressionCallback):
         if audit != self.watch or not self._steps or (self.at_most is not None and spent >= self.at_most):
             return
         failed = run.adapter.broadcast(self._failed(card))
+        if self.action == "rollback":
+            self._reject(run, failed)
+            return
         waiting = self._waiting(run) if failed else []
         if not waiting:
             return
@@ -126,6 +175,38 @@ class AuditGate(CompressionCallback):
             self.history.append({"step": step, "failed": failed, "paused": paused})
             run.share()  # checkpoints of this validation have the decision
         self._say(failed, paused)
+
+    def _reject(self, run: Coordinator, failed: list[str]) -> None:
+        """Record that the last event is to be taken back; it happens before the next step."""
+        if not failed:
+            return
+        if self._kept is None:
+            rank_zero_info(f"{self.name}: {', '.join(failed)} failed, and no event is left to take back")
+            return
+        before = {name: set(state["done"]) for name, state in self._kept["techniques"].items()}
+        rejected = {t.name: [e for e in t.done if e not in before[t.name]] for t in rollback.compressing(run)}
+        rejected = {name: events for name, events in rejected.items() if events}
+        for name, events in rejected.items():
+            for event in events:
+                run.decisions.record(run.step, f"{name}/reject", event)
+        entry = {"step": run.step, "failed": failed, "rejected": rejected, "back_to": self._kept["step"]}
+        run.decisions.record(run.step, f"{self.name}/rollback", entry)
+        self.history.append(entry)
+        self._pending = True
+        run.share()  # checkpoints of this validation have the decision
+        undone = ", ".join(f"{name} at step {events[-1]}" for name, events in rejected.items())
+        rank_zero_info(f"{self.name}: {', '.join(failed)} failed, so the last event is taken back: {undone}")
+
+    def settle(self, run: Coordinator) -> None:
+        """Take the last event back if that was decided; keep the model before the next one."""
+        if self.action != "rollback":
+            return
+        if self._pending:
+            assert self._kept is not None
+            rollback.put_back(run, self._kept)
+            self._pending, self._kept = False, None
+        if any(run.due(technique, run.step) for technique in rollback.compressing(run)):
+            self._kept = rollback.take(run)
 
     def _failed(self, card: Scorecard) -> list[str]:
         names = {f"{metric.family}.{metric.name}": metric.verdict for metric in card.metrics()}
@@ -156,10 +237,16 @@ class AuditGate(CompressionCallback):
 
     # ---------------------------------------------------------------------------------------------------------- state
     def state_dict(self) -> dict[str, Any]:
-        """When it closed, and why."""
-        return {**super().state_dict(), "history": [dict(entry) for entry in self.history]}
+        """When it closed, and why; what it would go back to."""
+        return {
+            **super().state_dict(),
+            "history": [dict(entry) for entry in self.history],
+            "kept": self._kept,
+            "pending": self._pending,
+        }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """See `CompressionCallback.load_state_dict`."""
         super().load_state_dict(state_dict)
         self.history = [dict(entry) for entry in state_dict["history"]]
+        self._kept, self._pending = state_dict.get("kept"), bool(state_dict.get("pending"))

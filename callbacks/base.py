@@ -116,6 +116,9 @@ class CompressionCallback(L.Callback):
     def start(self, run: Coordinator) -> None:
         """Everything is restored and training begins."""
 
+    def settle(self, run: Coordinator) -> None:
+        """Before the events of a step, and before training ends: carry out what the last validation decided."""
+
     def event(self, run: Coordinator, step: int) -> None:
         """Act for the scheduled event at `step`."""
 

@@ -304,7 +304,9 @@ class Coordinator(Clock):
         if not self._at_boundary(batch_idx):
             return
         step, self.batch = self.step, batch
-        due = any(self._due(technique, step) for technique in self.techniques)
+        for technique in self.techniques:
+            technique.settle(self)
+        due = any(self.due(technique, step) for technique in self.techniques)
         # Nobody may see a change without the record that it was made, or without what follows from it.
         with deferred_signals() if due else contextlib.nullcontext():
             try:
@@ -318,7 +320,8 @@ class Coordinator(Clock):
                 self.share()
             self._hold_early_stopping()
 
-    def _due(self, technique: CompressionCallback, step: int) -> list[int]:
+    def due(self, technique: CompressionCallback, step: int) -> list[int]:
+        """Events of a technique that have to happen before this step."""
         if technique.resolved is None:
             return []
         return technique.resolved.due(step, technique.done, self.decisions.of(technique.name))
@@ -330,7 +333,7 @@ class Coordinator(Clock):
         return stepped
 
     def _run_due(self, technique: CompressionCallback, step: int) -> None:
-        due = self._due(technique, step)
+        due = self.due(technique, step)
         if not due:
             return
         before = self._changes
@@ -372,6 +375,8 @@ class Coordinator(Clock):
 
     def on_train_end(self) -> None:
         """Finish each technique and tell the user how to load the result."""
+        for technique in self.techniques:
+            technique.settle(self)
         for technique in self.techniques:
             technique.finish(self)
         if manifest.edits_of(self.pl_module) or len(self.masking):

@@ -91,6 +91,20 @@ class Masking:
             self.store.set(name, part, whole[name].to(self.adapter.device))
         self.apply()
 
+    def rewind(self, packed: Mapping[str, Any]) -> None:
+        """Put earlier masks in force, whose weights are in their places already.
+
+        Args:
+            packed: Bit-packed whole masks by clean name; what is missing is no longer masked.
+        """
+        self.store.local.clear()
+        self.store.forget()
+        for module in self.store.soft.values():
+            layers.add_transform(module, TRANSFORM, SoftMask())
+        self.packed = dict(packed)
+        self.commits += 1
+        self.install()
+
     def commit(self, local: Mapping[str, Tensor], whole: Mapping[str, Tensor], technique: str) -> None:
         """Put new masks in force on every rank, or on none.
 

@@ -13,6 +13,7 @@ import lightning as L
 import staged
 import torch
 import torch.distributed as dist
+from audited_fits import AUDITED
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from online_fits import ONLINE
 
@@ -265,6 +266,7 @@ TECHNIQUES: dict[str, Callable[[], list[CompressionCallback]]] = {
     ],
 }  # fmt: skip
 TECHNIQUES |= ONLINE
+TECHNIQUES |= AUDITED
 
 
 def strategy_of(kind: str) -> Any:
