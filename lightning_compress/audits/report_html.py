@@ -47,13 +47,14 @@ def html_page(card: Mapping[str, Any]) -> str:
     return page(f"Scorecard: {name}", "\n".join(filter(None, body)))
 
 
-def page(heading: str, body: str) -> str:
-    """A whole document around a body that is escaped already."""
+def page(heading: str, body: str, wide: bool = False) -> str:
+    """A whole document around a body that is escaped already; `wide` for tables of many columns."""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
-        f"<title>{escape(heading)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
+        f"<title>{escape(heading)}</title>\n<style>{CSS}</style>\n</head>\n"
+        f"<body{' class=wide' if wide else ''}>\n{body}\n</body>\n</html>\n"
     )
 
 

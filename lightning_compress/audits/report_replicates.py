@@ -6,17 +6,16 @@ from collections.abc import Callable, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from lightning_compress.audits.gates import AXES
-from lightning_compress.audits.report_html import chip, page, table
+from lightning_compress.audits.gates import AXES, KEYS
+from lightning_compress.audits.report_html import chip, page
 from lightning_compress.audits.report_svg import forest, pareto
 from lightning_compress.audits.report_text import (
     COSTS,
     DASH,
+    MINUS,
     QUESTIONS,
     SECTIONS,
     TIMES,
-    interval,
-    milliseconds,
     number,
     title,
 )
@@ -48,7 +47,7 @@ def html_page(found: ReplicatedComparison) -> str:
         f"<h2>Cost</h2><p class=question>What does it save, and what did it take to make?</p>{_costs(found)}",
         _about(found),
     ]
-    return page("Compressed models compared", "\n".join(filter(None, body)))
+    return page("Compressed models compared", "\n".join(filter(None, body)), wide=True)
 
 
 def markdown_table(found: ReplicatedComparison) -> str:
@@ -74,28 +73,44 @@ def text(found: ReplicatedComparison) -> str:
     return "\n\n".join([*parts, *(f"note: {note}" for note in found.notes)])
 
 
-def _spread(spread: Spread | None, write: Callable[[Any], str] = number) -> str:
+def _spread(spread: Spread | None, write: Callable[[float, float], str] | None = None, lines: bool = False) -> str:
+    """Mean and standard deviation in digits that suit the larger of both; in two lines if asked for."""
     if spread is None:
         return DASH
-    return write(_short(spread.mean)) + ("" if spread.sd is None else f" \u00b1 {write(_short(spread.sd, 2))}")
+    write = write or _written
+    like = max(abs(spread.mean), spread.sd or 0.0)
+    mean = write(spread.mean, like)
+    return mean if spread.sd is None else f"{mean}{chr(10) if lines else ' '}\u00b1 {write(spread.sd, like)}"
 
 
-def _short(value: float, digits: int = 3) -> float:
-    """As many digits as a spread over a few seeds deserves; whole numbers stay whole."""
-    return value if abs(value) >= 1000 else float(f"{value:.{digits}g}")
+def _written(value: float, like: float, signed: bool = False) -> str:
+    """A number in as many digits as its scale deserves.
+
+    Example:
+        >>> _written(0.12345, 0.12345), _written(1234.5, 1234.5), _written(0.00012, 0.00012)
+        ('0.123', '1,234', '0.00012')
+    """
+    digits = 0 if like >= 100 else 1 if like >= 10 else 3
+    text = f"{value:+,.{digits}f}" if like >= 0.01 or like == 0 else f"{value:+.2g}"
+    text = text.replace("-", MINUS)
+    return text if signed else text.removeprefix("+")
 
 
-def _glance_rows(found: ReplicatedComparison) -> tuple[list[str], list[list[str]]]:
-    axes = [axis for axis in AXES if any(group.key(axis) for group in found.groups)]
+def _milliseconds(value: float, like: float) -> str:
+    return f"{_written(1e3 * value, 1e3 * like)} ms"
+
+
+def _glance_rows(found: ReplicatedComparison, lines: bool = False) -> tuple[list[str], list[list[str]]]:
+    axes = [axis for axis in KEYS if any(group.key(axis) for group in found.groups)]
     columns = []
     for axis in axes:
         columns.append(_head(next(own for group in found.groups if (own := group.key(axis)) is not None)))
-    dense = ["dense", *(_dense(found, axis) for axis in axes), *[f"1{TIMES}"] * 3]
+    dense = ["dense", *(_dense(found, axis, lines) for axis in axes), *[f"1.00{TIMES}"] * 3]
     rows = [dense]
     for group in found.groups:
-        cells = [_spread(own.value) if (own := group.key(axis)) is not None else DASH for axis in axes]
+        cells = [_spread(None if (own := group.key(axis)) is None else own.value, lines=lines) for axis in axes]
         rows.append([group.name, *cells, *(_ratio(group, key) for key in ("file_bytes", "macs", "latency"))])
-    return [*columns, "file", "MACs", "latency, one example"], rows
+    return [*columns, "file", "MACs", "latency"], rows
 
 
 def _head(own: ReplicatedMetric) -> str:
@@ -105,9 +120,9 @@ def _head(own: ReplicatedMetric) -> str:
     return f"{label.replace('ece', 'ECE')}{arrow}"
 
 
-def _dense(found: ReplicatedComparison, axis: str) -> str:
+def _dense(found: ReplicatedComparison, axis: str, lines: bool = False) -> str:
     first = next((own for group in found.groups if (own := group.key(axis)) is not None), None)
-    return DASH if first is None else _spread(first.dense)
+    return DASH if first is None else _spread(first.dense, lines=lines)
 
 
 def _ratio(group: Group, key: str) -> str:
@@ -128,8 +143,8 @@ def _latencies(cost: Any) -> Any:
 
 
 def _glance(found: ReplicatedComparison) -> str:
-    columns, rows = _glance_rows(found)
-    return table(["model", *columns], rows)
+    columns, rows = _glance_rows(found, lines=True)
+    return _table(["model", *columns], rows)
 
 
 def _chart(found: ReplicatedComparison) -> str:
@@ -172,7 +187,7 @@ def _axes(found: ReplicatedComparison) -> str:
             cells.append(f"<td>{chip(group.verdict(axis))}<span class=sub>{escape(counts)}</span></td>")
         lines.append(f"<tr><td>{escape(group.name)}</td>{''.join(cells)}</tr>")
     return (
-        f"<div class=scroll><table><thead><tr><th scope=col>Model</th>{head}</tr></thead>"
+        f"<div class=scroll><table class=numbers><thead><tr><th scope=col>Model</th>{head}</tr></thead>"
         f"<tbody>{''.join(lines)}</tbody></table></div>"
     )
 
@@ -188,9 +203,10 @@ def _axis(found: ReplicatedComparison, axis: str) -> str:
         first = next(own for own in owns if own is not None)
         label = title(name.partition(".")[2]) + {True: " \u2191", False: " \u2193"}.get(first.higher_is_better, "")  # type: ignore[arg-type]
         if first.change is None:
-            plain_rows.append([label, *(DASH if own is None else _spread(own.value) for own in owns)])
+            values = (None if own is None else own.value for own in owns)
+            plain_rows.append([label, *(_spread(value, lines=True) for value in values)])
         else:
-            rows.append([label, _spread(first.dense), *(_change(own) for own in owns)])
+            rows.append([label, _spread(first.dense, lines=True), *(_change(own) for own in owns)])
     heads = [group.name for group in found.groups]
     parts = [f"<h2>{escape(SECTIONS[axis])}</h2>"]
     if axis in QUESTIONS:
@@ -213,14 +229,17 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
             top, _, below = cell.partition("\n")
             cells.append(f"<td>{escape(top)}" + (f"<span class=sub>{escape(below)}</span>" if below else "") + "</td>")
         lines.append(f"<tr>{''.join(cells)}</tr>")
-    return f"<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
+    body = f"<thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody>"
+    return f"<div class=scroll><table class=numbers>{body}</table></div>"
 
 
 def _change(own: ReplicatedMetric | None) -> str:
     if own is None or own.change is None:
         return DASH
-    low, high = (None if end is None else _short(end) for end in (own.lo, own.hi))
-    return f"{number(_short(own.change.mean), signed=True)}\n{interval(low, high, signed=True)}"
+    ends = [end for end in (own.lo, own.hi) if end is not None]
+    like = max(abs(value) for value in (own.change.mean, *ends))
+    span = f"[{', '.join(_written(end, like, signed=True) for end in ends)}]" if len(ends) == 2 else ""
+    return f"{_written(own.change.mean, like, signed=True)}\n{span}"
 
 
 def _forest(found: ReplicatedComparison, axis: str) -> str:
@@ -247,15 +266,17 @@ def _costs(found: ReplicatedComparison) -> str:
 
     rows = []
     sizes = latency_sizes([card for group in found.groups for card in group.cards])
-    keys = [(key, COSTS[key], number) for key in COST_KEYS]
-    keys += [(f"latency_{size}", f"Latency, median, batch of {size}", milliseconds) for size in sizes]  # type: ignore[misc]
+    keys = [(key, COSTS[key], _written) for key in COST_KEYS]
+    keys += [(f"latency_{size}", f"Latency, median, batch of {size}", _milliseconds) for size in sizes]  # type: ignore[misc]
     for key, label, write in keys:
         after = [group.cost(key) for group in found.groups]
         if any(spread is not None for spread in after):
             before = found.groups[0].cost(key, "dense")
-            rows.append([label, _spread(before, write), *(_spread(spread, write) for spread in after)])
+            rows.append([label, *(_spread(spread, write, lines=True) for spread in (before, *after))])
     produced = dict.fromkeys(k for g in found.groups for card in g.cards for k in card.cost.get("production") or {})
-    made = [[title(key), DASH, *(_spread(group.production(key)) for group in found.groups)] for key in produced]
+    made = [
+        [title(key), DASH, *(_spread(group.production(key), lines=True) for group in found.groups)] for key in produced
+    ]
     made = [row for row in made if any(cell != DASH for cell in row[1:])]
     columns = ["", "dense", *(group.name for group in found.groups)]
     parts = [f"<h3>Running it</h3>{_table(columns, rows)}" if rows else ""]

