@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 import lightning_compress as lc
+from lightning_compress import manifest
 from lightning_compress.callbacks import ChannelPruning, Pruning, SharedDistillation
 from lightning_compress.callbacks.testing import TinyNet, tiny_loader
 from lightning_compress.distillation import branches, ensembles
@@ -371,6 +372,19 @@ def test_schedules_reach_the_terms() -> None:
     module = net(Counted)
     train(module, SharedDistillation(peers=2, weight=weight), limit_val_batches=0)
     assert module.calls.count("step") == 4 + 4 * 3
+
+
+def test_the_gate_of_a_named_student_is_sized_by_the_modules_example() -> None:
+    class Example(TinyNet):
+        def __init__(self) -> None:
+            super().__init__()
+            self.example_input_array = X
+
+    callback, given = (SharedDistillation(heads=["9"], student="net", example_inputs=x) for x in (None, X))
+    found, wanted = net(Example), net(Example)
+    train(found, callback, limit_val_batches=0)
+    train(wanted, given, limit_val_batches=0)
+    assert manifest.equal(dict(found.state_dict()), dict(wanted.state_dict()))
 
 
 def test_a_gate_of_wrong_width_says_so() -> None:
