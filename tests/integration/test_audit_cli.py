@@ -75,7 +75,8 @@ def test_audits_become_reports_and_reports_a_comparison(here: Path, capsys: pyte
     assert "<svg" in page
     assert "script" not in page
     for seed in (0, 1):
-        audit("small", "--name", "small", "--seed", str(seed), "--cache", "dense", "--report", f"small{seed}.json")
+        few = ["--tier", "1", "--examples", "16", "--seed", str(seed), "--cache", "dense"]
+        audit("small", "--name", "small", *few, "--report", f"small{seed}.json")
     assert len(list((here / "dense").iterdir())) == 2  # what the dense model did, for each seed
     capsys.readouterr()
     assert run("compare", "small0.json", "small1.json", "--replicates", "--report", "seeds.html") == 0
