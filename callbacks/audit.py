@@ -33,8 +33,6 @@ from lightning_compress.writing import require
 if TYPE_CHECKING:
     from lightning import LightningModule, Trainer
 
-_COLUMNS = ("family", "metric", "dense", "compressed", "lo", "hi", "delta", "delta_lo", "delta_hi", "n", "verdict")
-
 
 class CompressionAudit(CompressionCallback):
     """Compares the model in training with its dense reference: cheaply at validations, fully when training ends.
@@ -203,10 +201,7 @@ class CompressionAudit(CompressionCallback):
             return
         card = self._audit(run.trainer, run.pl_module, self.tier, self.final_examples, self.seconds, cost=True)
         self.card = card
-        tracker = Tracker(run.trainer)
-        tracker.log_metrics(card.scalars())
-        tracker.log_table("audit/metrics", _COLUMNS, _rows(card))
-        tracker.log_report(card, self.name)
+        Tracker(run.trainer).log_scorecard(card, self.name)
         if run.trainer.is_global_zero:
             for path in self.reports:
                 card.save(path)
@@ -313,16 +308,6 @@ def _take_weights(root: nn.Module, source: nn.Module) -> None:
     own = root.state_dict()
     if {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in own.items()}:
         root.load_state_dict(state)
-
-
-def _rows(card: Scorecard) -> list[list[Any]]:
-    rows = []
-    for m in card.metrics():
-        pair = m.paired
-        change = [None] * 3 if pair is None else [pair.delta, pair.lo, pair.hi]
-        reference = None if pair is None else pair.reference
-        rows.append([m.family, m.name, reference, m.value, m.lo, m.hi, *change, m.n, m.verdict or ""])
-    return rows
 
 
 def _named(source: str) -> Any:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from lightning_compress.audits.scorecard import Scorecard
 
 PREFIX = "compression"
+_COLUMNS = ("family", "metric", "dense", "compressed", "lo", "hi", "delta", "delta_lo", "delta_hi", "n", "verdict")
 
 
 def _is(logger: Logger, name: str) -> bool:
@@ -201,6 +202,18 @@ class Tracker:
                         file.write(encode(manifest))
                 logger.experiment.log_artifact(artifact)  # type: ignore[attr-defined]
 
+    def log_scorecard(self, card: Scorecard, name: str, step: int | None = None) -> None:
+        """Log what an audit found: numbers with their intervals, the table `audit/metrics`, and for W&B `log_report`.
+
+        Args:
+            card: The scorecard.
+            name: The name of W&B's artifact.
+            step: The logging step; default: the one that `self.log` uses now.
+        """
+        self.log_metrics(card.scalars(), step)
+        self.log_table("audit/metrics", _COLUMNS, _rows(card), step)
+        self.log_report(card, name, step)
+
     def log_report(self, card: Scorecard, name: str, step: int | None = None) -> None:
         """Give the scorecard of an audit to W&B; other loggers get nothing.
 
@@ -229,8 +242,18 @@ class Tracker:
                     logger.experiment.log_artifact(artifact)  # type: ignore[attr-defined]
 
 
+def _rows(card: Scorecard) -> list[list[Any]]:
+    rows = []
+    for m in card.metrics():
+        pair = m.paired
+        change = [None] * 3 if pair is None else [pair.delta, pair.lo, pair.hi]
+        reference = None if pair is None else pair.reference
+        rows.append([m.family, m.name, reference, m.value, m.lo, m.hi, *change, m.n, m.verdict or ""])
+    return rows
+
+
 def _pictures(card: Scorecard, folder: Path) -> dict[str, tuple[Path, str | None]]:
-    """The pictures of a scorecard as files, name -> path and note; W&B reads them with Pillow, the page needs neither."""
+    """The pictures of a scorecard as files, name -> path and note; W&B reads them with Pillow, the page needs none."""
     if importlib.util.find_spec("PIL") is None:
         return {}
     found: dict[str, tuple[Path, str | None]] = {}
