@@ -8,9 +8,10 @@ settings of their papers. All arms make 320 steps, an assistant's included, unle
 rate rises for a tenth of the run and falls along a cosine, in a chain of given length once in each phase.
 
 Arms: `none`, the task alone; `KD`, `DKD`, `hints` from the teacher; `KD, small gap`, from a network of the assistant's
-size that was trained alone; `KD, other` and `hints, other` from a teacher of another architecture; `torchdistill KD` and
-`torchdistill hints`, the same losses by torchdistill 1.1.5 in a plain loop; `DML`, `ONE`, `KDCL`, three networks, three
-branches, three networks that learn together without a teacher; `RCO`, along four checkpoints of the teacher's route;
+size that was trained alone; `KD, other` and `hints, other` from a teacher of another architecture; `torchdistill KD`
+and `torchdistill hints`, the same losses by torchdistill 1.1.5 in a plain loop; `DML`, `ONE`, `KDCL`, three networks,
+three branches, three networks that learn together without a teacher; `RCO`, along four checkpoints of the teacher's
+route;
 `TAKD`, teacher -> assistant -> student in one fit; `TAKD, long`, with twice the steps, so that the student has as many
 as in `KD`; `TAKD, drawn`, the assistant drawn from the teacher by MiniDisc's rule; `TAKD, by gap`, drawn too, and begun
 by `CapacityGap` when the student stops coming closer. Only if asked for, with `--arms`: `AT`, `SP`, `RKD` and
