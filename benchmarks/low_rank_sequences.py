@@ -20,7 +20,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from low_rank import judge, table
+from _digits import judge, table
 from sktime.datasets import load_japanese_vowels
 from torch import Tensor, nn
 from torch.nn import functional as F
