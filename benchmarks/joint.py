@@ -18,7 +18,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from _digits import ResNet, digits, fit, judge, table
+from _digits import ResNet, digits, fit, judged, table
 from torch.utils.data import TensorDataset
 
 import lightning_compress as lc
@@ -54,7 +54,7 @@ def main(seeds: Sequence[int], epochs: int, repeats: int, shares: Sequence[float
     start = time.perf_counter()
     torch.set_num_threads(1)  # for the small tensors of this net a second thread costs more than it brings
     data, x, y = digits()
-    runs = [judge(arms(seed, data, epochs, shares), x, y, repeats) for seed in seeds]
+    runs = judged(lambda seed: arms(seed, data, epochs, shares), seeds, x, y, repeats)
     print("\n".join(table(runs)))
     print(f"\nseeds {list(seeds)}, torch {torch.__version__}, {time.perf_counter() - start:.0f} s")
     least = f", {min(shares):.0%}"

@@ -20,7 +20,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from _digits import Digits, ResNet, ViT, digits, fit, judge, table
+from _digits import Digits, ResNet, ViT, digits, fit, judged, table
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
@@ -79,7 +79,7 @@ def main(net: str, seeds: Sequence[int], epochs: int, repeats: int) -> None:
     start = time.perf_counter()
     torch.set_num_threads(1)  # for the small tensors of this net a second thread costs more than it brings
     data, x, y = digits()
-    runs = [judge(arms(net, seed, data, epochs, x), x, y, repeats) for seed in seeds]
+    runs = judged(lambda seed: arms(net, seed, data, epochs, x), seeds, x, y, repeats)
     print("\n".join(table(runs)))
     print(f"\nseeds {list(seeds)}, torch {torch.__version__}, {time.perf_counter() - start:.0f} s")
     ours, others = "channel, half the MACs", "a narrow dense net from scratch"

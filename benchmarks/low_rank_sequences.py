@@ -20,7 +20,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from _digits import judge, table
+from _digits import judged, table
 from sktime.datasets import load_japanese_vowels
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -114,7 +114,7 @@ def main(kinds: Sequence[str], seeds: Sequence[int], epochs: int, repeats: int) 
     x, y = test.tensors
     runs = {}
     for kind in kinds:
-        runs[kind] = [judge(arms(kind, seed, train, epochs, x), x, y, repeats) for seed in seeds]
+        runs[kind] = judged(lambda seed, kind=kind: arms(kind, seed, train, epochs, x), seeds, x, y, repeats)
         print(f"\n{kind}\n")
         print("\n".join(table(runs[kind])))
     print(f"\nseeds {list(seeds)}, torch {torch.__version__}, {time.perf_counter() - start:.0f} s")
