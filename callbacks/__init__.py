@@ -6,9 +6,11 @@ if __name__ != "lightning_compress.callbacks":
         "otherwise every class would exist twice and `isinstance` checks would fail"
     )
 
+from lightning_compress.callbacks.adversarial import AdversarialTraining as AdversarialTraining
 from lightning_compress.callbacks.assistants import AssistantDistillation as AssistantDistillation
 from lightning_compress.callbacks.audit import CompressionAudit as CompressionAudit
 from lightning_compress.callbacks.audit_gate import AuditGate as AuditGate
+from lightning_compress.callbacks.audit_repair import AuditRepair as AuditRepair
 from lightning_compress.callbacks.base import CompressionCallback as CompressionCallback
 from lightning_compress.callbacks.candidates import DrawnAssistant as DrawnAssistant
 from lightning_compress.callbacks.capacity_gap import CapacityGap as CapacityGap

@@ -26,6 +26,7 @@ from lightning_compress.callbacks import teaching
 from lightning_compress.callbacks.base import AUDIT, CompressionCallback
 from lightning_compress.callbacks.coordinator import Coordinator
 from lightning_compress.callbacks.tracking import Tracker
+from lightning_compress.callbacks.whole import WholeCopy
 from lightning_compress.distillation.teachers import find_student_module, resolve_teacher_module
 from lightning_compress.errors import CompressionError
 from lightning_compress.writing import require
@@ -58,6 +59,8 @@ class CompressionAudit(CompressionCallback):
         final: Whether there is a full audit at the end of training.
         final_examples: Of the full audit.
         tier: Of the full audit: 0, 1 or 2.
+        validation_tier: Of the cheap audit; 1 also attacks and explains, on few `examples`.
+        options: Audit name -> arguments that it is given, as for `lightning_compress.audit`.
         seconds: Time for the audits of the end; what is cut short says so.
         margins: ``"family.metric"`` -> how much worse is acceptable.
         energy: Measure the joules of this fit, and of running both models, by codecarbon without a network; False:
@@ -99,6 +102,8 @@ class CompressionAudit(CompressionCallback):
         final: bool = True,
         final_examples: int = 1000,
         tier: int = 1,
+        validation_tier: int = 0,
+        options: Mapping[str, Any] | None = None,
         seconds: float | None = None,
         margins: Mapping[str, float] | None = None,
         energy: bool = False,
@@ -113,6 +118,9 @@ class CompressionAudit(CompressionCallback):
                 f"expected every >= 0, examples >= 1, final_examples >= 1 and tier 0, 1 or 2; got every={every}, "
                 f"examples={examples}, final_examples={final_examples}, tier={tier}"
             )
+        if validation_tier not in (0, 1, 2):
+            raise ValueError(f"validation_tier is 0, 1 or 2; got {validation_tier!r}")
+        self.validation_tier, self.options = validation_tier, dict(options or {})
         if space is not None and len(space) != 2:
             raise ValueError(f"space is the lowest and the highest value of raw inputs; got {list(space)}")
         if space is None and (mean is not None or std is not None):
@@ -139,12 +147,15 @@ class CompressionAudit(CompressionCallback):
         self._contexts: dict[int, AuditContext] = {}
         self._caveats: dict[int, list[str]] = {}
         self._validations = 0
+        self._sharded = False
+        self._whole: WholeCopy | None = None
         self._made: Production | None = None
         self._first_step = 0
 
     def check(self, run: Coordinator) -> None:
         """See `CompressionCallback.check`."""
         run.adapter.require("audits during a fit", self.name)
+        self._sharded = run.adapter.is_sharded
         if self.energy:
             require("codecarbon", extra="energy")
         if self.reference == "initial" and run.continues:
@@ -156,14 +167,16 @@ class CompressionAudit(CompressionCallback):
             teaching.check_paths(run, self.name, self.reference)
 
     def needs_unedited_copy(self) -> bool:
-        """Paths and ``"initial"`` are filled into a copy of the module as the user built it."""
-        return self.reference == "initial" or teaching.is_path(self.reference)
+        """Paths, ``"initial"`` and the whole of a sharded model are filled into copies of what the user built."""
+        return self._sharded or self.reference == "initial" or teaching.is_path(self.reference)
 
     def attach(self, run: Coordinator) -> None:
         """Build the reference; it is held by this callback, and so gets into no checkpoint and no optimizer."""
         name, _ = find_student_module(run.pl_module, self.student)
         root = teaching.build(run, self.name, self.reference, name)
-        if self.reference == "initial":
+        if self._sharded:
+            self._whole = WholeCopy(run, self.name)
+        elif self.reference == "initial":  # copies of a sharded model have its weights from before it was sharded
             _take_weights(root, run.pl_module)
         mine = {id(parameter) for parameter in run.pl_module.parameters()}
         if any(id(parameter) in mine for parameter in root.parameters()):
@@ -182,13 +195,13 @@ class CompressionAudit(CompressionCallback):
             )
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The cheap audit; gradients are off here, which audits of tier 0 do not need."""
+        """The cheap audit; gradients are off here, and the guard turns them on for audits that need them."""
         if trainer.sanity_checking or self._root is None or trainer.state.fn != "fit" or not self.every:
             return
         self._validations += 1
         if self._validations % self.every:
             return
-        card = self._audit(trainer, pl_module, tier=0, examples=self.examples, seconds=None)
+        card = self._audit(trainer, pl_module, tier=self.validation_tier, examples=self.examples, seconds=None)
         self.history.append({"step": float(trainer.global_step), **card.scalars()})
         Tracker(trainer).log_metrics(card.scalars())
         if (run := Coordinator.of(trainer)) is not None:
@@ -208,7 +221,7 @@ class CompressionAudit(CompressionCallback):
 
     def close(self, run: Coordinator) -> None:
         """Let the reference go."""
-        self._root = None
+        self._root = self._whole = None
         self._contexts, self._caveats = {}, {}
         if self._made is not None:
             self._made.stop()
@@ -223,7 +236,7 @@ class CompressionAudit(CompressionCallback):
         seconds: float | None,
         cost: bool = False,
     ) -> Scorecard:
-        model = find_student_module(pl_module, self.student)[1]
+        model = self._model(trainer, pl_module)
         if examples not in self._contexts:
             self._caveats[examples] = []
             request = self._request(trainer, model, examples)
@@ -240,6 +253,13 @@ class CompressionAudit(CompressionCallback):
             spent = cost_of(context.dense, context.compressed, context.inputs, energy=self.energy or None)
             spent["production"] = self._produced(trainer)
         return scorecard_of(context, results, spent, caveats, None, self._identity(context, trainer, pl_module))
+
+    def _model(self, trainer: Trainer, pl_module: LightningModule) -> nn.Module:
+        """The part that is audited; under a sharded strategy that of a whole copy."""
+        run = Coordinator.of(trainer)
+        if self._whole is not None and run is not None:
+            pl_module = self._whole.fill(run)
+        return find_student_module(pl_module, self.student)[1]
 
     def _produced(self, trainer: Trainer) -> dict[str, Any]:
         """What this fit has cost so far; an older one that it goes on with is not in it."""
@@ -262,7 +282,7 @@ class CompressionAudit(CompressionCallback):
                 data = next(iter(data.values() if isinstance(data, Mapping) else data))
         return Request(
             self._root, model, data, task=self.task, space=self.space, normalized=self.normalized, examples=examples,
-            seed=self.seed, margins=self.margins, rank=trainer.global_rank, world=trainer.world_size,
+            seed=self.seed, margins=self.margins, options=self.options, rank=trainer.global_rank, world=trainer.world_size,
         )  # fmt: skip
 
     def _identity(self, context: AuditContext, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:

@@ -97,6 +97,12 @@ _FORWARD_ONLY = Verdict(
     "the gate wait instead (AuditGate(action='pause')), or train with strategy='ddp'",
 )
 
+_BY_INPUTS = Verdict(
+    "refused",
+    "it differentiates answers by inputs inside the step, which sharded parameters cannot take: they are gone again "
+    "when they are needed. Use strategy='ddp'",
+)
+
 CAPABILITIES: dict[str, dict[Kind, Verdict]] = {
     "masks, mid-fit": {
         "single": _YES, "ddp": _YES, "fsdp2": _YES, "fsdp1": _YES, "deepspeed": Verdict("refused", _DEEPSPEED),
@@ -152,12 +158,16 @@ CAPABILITIES: dict[str, dict[Kind, Verdict]] = {
         "deepspeed": _LATER,
     },
     "audits during a fit": {
-        "single": _YES, "ddp": Verdict("yes, shared out"), "fsdp2": _AUDIT_LATER, "fsdp1": _AUDIT_LATER,
+        "single": _YES, "ddp": Verdict("yes, shared out"), "fsdp2": Verdict("yes, whole copies"),
+        "fsdp1": Verdict("yes, whole copies"),
         "deepspeed": _AUDIT_LATER,
     },
     "rollback by a gate": {
         "single": _YES, "ddp": Verdict("yes, re-wrapped"), "fsdp2": _FORWARD_ONLY, "fsdp1": _FORWARD_ONLY,
         "deepspeed": _FORWARD_ONLY,
+    },
+    "adversarial training": {
+        "single": _YES, "ddp": _YES, "fsdp2": _BY_INPUTS, "fsdp1": _BY_INPUTS, "deepspeed": _BY_INPUTS,
     },
     "exact resume": {"single": _YES, "ddp": _YES, "fsdp2": _YES, "fsdp1": _YES, "deepspeed": Verdict("not run")},
 }  # fmt: skip

@@ -155,7 +155,7 @@ def _check_names(run: Coordinator, snapshot: Snapshot) -> None:
 def _put_tensors(root: nn.Module, snapshot: Snapshot) -> None:
     fresh: dict[int, Tensor] = {}  # by what they replace, so that ties stay ties
     changed: set[int] = set()
-    for name, module, attribute, tensor in list(_tensors(root)):
+    for name, module, _, tensor in list(_tensors(root)):
         value = snapshot["tensors"][name].to(tensor.device)
         if tensor.shape == value.shape and tensor.dtype == value.dtype:
             tensor.copy_(value)

@@ -130,6 +130,8 @@ class StepPipeline:
         self.step_of = step_of
         self.sources: list[TermSource] = []
         self.gradient_terms: list[GradientTerm] = []
+        self.held: set[str] = set()
+        """Terms, as ``"<source>/<term>"``, that are off whatever their weight says."""
         self.last: dict[str, Tensor] = {}
         """What the last step added: ``"task"`` and ``"<source>/<term>"`` -> detached value, not weighted."""
         self.stand_ins: list[Callable[[], AbstractContextManager[None]]] = []
@@ -192,8 +194,8 @@ class StepPipeline:
     def wanted_requires_grad(self, step: int) -> dict[str, bool]:
         """Say for each owned module whether it trains at ``step``: not while its term has weight 0."""
         children = self.pl_module._modules if self.pl_module is not None else {}
-        pairs = [(child_name(source, term), term) for source in self.sources for term in source.terms]
-        return {name: term.weight_at(step) != 0 for name, term in pairs if children.get(name) is not None}
+        pairs = [(child_name(source, t), self._weight(source, t, step)) for source in self.sources for t in source.terms]
+        return {name: weight != 0 for name, weight in pairs if children.get(name) is not None}
 
     def install(self, pl_module: Any) -> None:
         """Wrap the module's training step on the instance; does nothing if that was done.
@@ -238,6 +240,7 @@ class StepPipeline:
         self._patches.clear()
         self.sources.clear()
         self.gradient_terms.clear()
+        self.held.clear()
         self.stand_ins.clear()
         self.watchers.clear()
         self.pl_module = self._live = None
@@ -250,10 +253,13 @@ class StepPipeline:
         """Return the factor of the user's own loss: the product over the sources."""
         return math.prod(source.task_weight_at(step) for source in self.sources)
 
+    def _weight(self, source: TermSource, term: LossTerm, step: int) -> float:
+        return 0.0 if f"{source.name}/{term.name}" in self.held else term.weight_at(step)
+
     def _active(self, step: int) -> list[_Active]:
         active = []
         for source in self.sources:
-            pairs = [(term, weight) for term in source.terms if (weight := term.weight_at(step)) != 0]
+            pairs = [(term, weight) for term in source.terms if (weight := self._weight(source, term, step)) != 0]
             if pairs:
                 terms, weights = zip(*pairs, strict=True)
                 active.append(_Active(source, terms, weights))
