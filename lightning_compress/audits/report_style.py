@@ -38,7 +38,8 @@ table { border-collapse: separate; border-spacing: 0; width: 100%;
 th, td { text-align: right; padding: 5px 10px; border-bottom: 1px solid var(--line); vertical-align: top;
   overflow-wrap: normal; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
-.scroll th:first-child, .scroll td:first-child { position: sticky; left: 0; background: var(--page); }
+.scroll th:first-child, .scroll td:first-child { position: sticky; left: 0; background: var(--page);
+  background-clip: padding-box; }
 .numbers td { white-space: nowrap; } .numbers td:first-child { white-space: normal; min-width: 7em; }
 thead th { color: var(--muted); font-weight: 600; border-bottom: 2px solid var(--line); white-space: nowrap; }
 td .sub { display: block; color: var(--muted); font-size: .8rem; white-space: nowrap; }
