@@ -194,7 +194,9 @@ class StepPipeline:
     def wanted_requires_grad(self, step: int) -> dict[str, bool]:
         """Say for each owned module whether it trains at ``step``: not while its term has weight 0."""
         children = self.pl_module._modules if self.pl_module is not None else {}
-        pairs = [(child_name(source, t), self._weight(source, t, step)) for source in self.sources for t in source.terms]
+        pairs = [
+            (child_name(source, t), self._weight(source, t, step)) for source in self.sources for t in source.terms
+        ]
         return {name: weight != 0 for name, weight in pairs if children.get(name) is not None}
 
     def install(self, pl_module: Any) -> None:

@@ -6,8 +6,18 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import torch
+
 import lightning_compress as lc
-from lightning_compress.callbacks import AuditGate, ChannelPruning, CompressionAudit, Pruning
+from lightning_compress.callbacks import (
+    AdversarialTraining,
+    AuditGate,
+    AuditRepair,
+    ChannelPruning,
+    CompressionAudit,
+    Distillation,
+    Pruning,
+)
 from lightning_compress.callbacks.base import CompressionCallback
 from lightning_compress.callbacks.testing import TinyNet
 
@@ -36,6 +46,26 @@ class Says(CompressionAudit):
         self.history = [{}] * state_dict["said"]
 
 
+def adversarial(**options: Any) -> AdversarialTraining:
+    return AdversarialTraining(**{"eps": 0.3, "space": (-8.0, 8.0), "steps": 2, **options})
+
+
+def attribution(teacher: Any = None) -> Distillation:
+    if teacher is None:
+        with torch.random.fork_rng():
+            torch.manual_seed(99)
+            teacher = TinyNet(width=24)
+    return Distillation(teacher, losses=[lc.AttributionMatching("net.5", 100.0)])
+
+
+def repair(term: str, **options: Any) -> AuditRepair:
+    return AuditRepair([term], metrics=["robustness.*", "explanation.*"], **options)
+
+
+def _found() -> Says:
+    return Says(["FAIL"], metric="robustness.auc")
+
+
 AUDITED: dict[str, Callable[[], list[CompressionCallback]]] = {
     "rollback, masks": lambda: [
         Pruning(0.8, schedule=MASKS), Says(["PASS", "FAIL", "FAIL"]), AuditGate(action="rollback"),
@@ -47,4 +77,8 @@ AUDITED: dict[str, Callable[[], list[CompressionCallback]]] = {
     "conductance": lambda: [
         ChannelPruning(keep_macs=0.5, schedule=CUTS, criterion="conductance", calibration_samples=24)
     ],
+    "adversarial": lambda: [adversarial()],
+    "adversarial, labels": lambda: [adversarial(targets=1, norm="l2", steps=1), Pruning(0.8, schedule=MASKS)],
+    "adversarial, found": lambda: [adversarial(), _found(), repair("AdversarialTraining/adversarial")],
+    "attribution, found": lambda: [attribution(), _found(), repair("Distillation/attribution")],
 }  # fmt: skip

@@ -161,7 +161,7 @@ def test_what_cannot_be_audited_is_refused_before_training(tmp_path: Path, monke
         fit(CompressionAudit(str(tmp_path / "none.ckpt")), tiny_loader(), tiny_loader())
     with pytest.raises(lc.CompressionError, match="the model itself"):
         fit(CompressionAudit(model), tiny_loader(), tiny_loader())
-    monkeypatch.setattr("lightning_compress.callbacks.strategies.kind_of", lambda strategy: "fsdp2")
+    monkeypatch.setattr("lightning_compress.callbacks.strategies.kind_of", lambda strategy: "deepspeed")
     with pytest.raises(lc.CompressionError, match="Audit the checkpoint after the fit"):
         fit(CompressionAudit(TinyNet()), tiny_loader(), tiny_loader())
 

@@ -100,6 +100,12 @@ def test_recipe_of_several_heads() -> None:
     assert "Distillation/light_regression" in logged
 
 
+@pytest.mark.parametrize("recipe", ["audit_rollback", "audit_repair"])
+def test_recipes_that_act_on_audits(recipe: str) -> None:
+    path = fitted(recipe, "--trainer.max_epochs=3")
+    assert type(lc.load_from_checkpoint(TinyNet, path)) is TinyNet
+
+
 def test_recipe_of_audits() -> None:
     path = fitted("audit", "--trainer.max_epochs=4")
     card = lc.Scorecard.load("scorecard.json")
