@@ -282,7 +282,8 @@ class CompressionAudit(CompressionCallback):
                 data = next(iter(data.values() if isinstance(data, Mapping) else data))
         return Request(
             self._root, model, data, task=self.task, space=self.space, normalized=self.normalized, examples=examples,
-            seed=self.seed, margins=self.margins, options=self.options, rank=trainer.global_rank, world=trainer.world_size,
+            seed=self.seed, margins=self.margins, options=self.options, rank=trainer.global_rank,
+            world=trainer.world_size,
         )  # fmt: skip
 
     def _identity(self, context: AuditContext, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:

@@ -102,6 +102,8 @@ def test_sharded_strategies_refuse_structure_in_mid_fit(name: str) -> None:
         ("fsdp1_refuses_a_chain", "Train the chain in several fits"),
         ("fsdp2_refuses_a_greedy_route", "instead of anchors='greedy'"),
         ("fsdp1_refuses_manual", "Use ModelParallelStrategy (FSDP2)"),
+        ("fsdp2_refuses_rollback", "action='pause'"),
+        ("fsdp2_refuses_adversarial", "Use strategy='ddp'"),
     ],
 )
 def test_sharded_strategies_refuse_what_they_cannot_do_and_name_the_way_out(name: str, says: str) -> None:
