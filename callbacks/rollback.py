@@ -45,6 +45,8 @@ def take(run: Coordinator) -> Snapshot:
         CompressionError: An optimizer trains a parameter that the module does not have.
     """
     module = run.pl_module
+    # Rank 0 plans cuts alone and remembers more than the others; as after a resume, all go on with what it knows.
+    remembered = run.adapter.broadcast({t.name: _remembered(t) for t in compressing(run)})
     return {
         "step": run.step,
         "edits": list(manifest.edits_of(module)),
@@ -52,7 +54,7 @@ def take(run: Coordinator) -> Snapshot:
         "widths": {clean_name(path): found for path, part in module.named_modules() if (found := _widths(part))},
         "optimizers": _optimizers(run),
         "masks": dict(run.masking.packed),
-        "techniques": {t.name: _remembered(t) for t in compressing(run)},
+        "techniques": remembered,
     }
 
 
