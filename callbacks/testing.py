@@ -80,6 +80,11 @@ class TinyNet(L.LightningModule):
         return optimizer
 
 
+def tiny_teacher() -> TinyNet:
+    """A `TinyNet` of 32 channels, for ``teacher="module:function"``; a real one would load its weights."""
+    return TinyNet(32)
+
+
 class TinyHeads(TinyNet):
     """`TinyNet` with a second head, ``"light"``: the mean of the image, besides ``"quarter"``, its class."""
 

@@ -82,7 +82,8 @@ def alternating(rows: Tensor, bits: int, cycles: int = 2, kept: Tensor | None = 
     Args:
         rows: Floats (R, n).
         bits: Number of codes k, 1 to 4.
-        cycles: Rounds of alternation; each makes the error smaller or leaves it.
+        cycles: Rounds of alternation. The first begins with the greedy codes and is never worse than they are; each
+            further one makes the error smaller or leaves it.
         kept: Bool (R, n), false where an element stays zero and counts for nothing.
 
     Returns:

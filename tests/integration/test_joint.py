@@ -52,6 +52,7 @@ def joint(keep: float = 0.28, **options: Any) -> JointCompression:
 
 @pytest.mark.parametrize("optimizer", ["sgd", "Adam"])
 def test_one_event_cuts_and_factors_and_training_goes_on(optimizer: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)  # what is cut depends on the weights
     dense = count_macs(TinyNet(), Call(X)).total
     trainer, module, events = run([joint(optimizer_state="project")], TinyNet(optimizer=optimizer))
     (record,) = events.records

@@ -120,8 +120,8 @@ def test_never_worse_than_greedy_and_better_with_each_cycle(values: list[float],
     slack = 1e-6 * float(rows.double().square().sum()) + 1e-12
     start = float(error(rows, greedy(rows, bits)))
     found = [float(error(rows, alternating(rows, bits, cycles=n))) for n in (cycles, cycles + 1)]
-    assert found[0] <= start + slack
-    assert found[1] <= found[0] + slack
+    assert max(found) <= start + slack
+    assert found[1] <= found[0] + slack or cycles == 0  # the first cycle begins with the greedy codes, not the best
     assert float(error(rows, refined(rows, bits))) <= start + slack or bits > 2
 
 
