@@ -8,18 +8,30 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_utilities.core.rank_zero import rank_zero_info
 
+from lightning_compress import manifest
 from lightning_compress.audits.scorecard import Scorecard
 from lightning_compress.callbacks import rollback
 from lightning_compress.callbacks.audit import CompressionAudit
 from lightning_compress.callbacks.base import AUDIT, DISTILLATION, FAKE_QUANT, CompressionCallback
 from lightning_compress.callbacks.channel_pruning import ChannelPruning
+from lightning_compress.callbacks.compact import CompactConversion
 from lightning_compress.callbacks.distillation import Distillation
+from lightning_compress.callbacks.joint import JointCompression
+from lightning_compress.callbacks.low_rank import LowRank
 from lightning_compress.callbacks.pruning import Pruning
+from lightning_compress.callbacks.quantization import QuantizationAwareTraining
 from lightning_compress.errors import CompressionError
 from lightning_compress.schedule import Schedule
 
 if TYPE_CHECKING:
+    from lightning import LightningModule, Trainer
+
     from lightning_compress.callbacks.coordinator import Coordinator
+    from lightning_compress.callbacks.events import EventRecord
+
+_TAKEN_BACK = (
+    Pruning, ChannelPruning, LowRank, CompactConversion, JointCompression, QuantizationAwareTraining, Distillation,
+)  # fmt: skip
 
 
 class AuditGate(CompressionCallback):
@@ -36,10 +48,12 @@ class AuditGate(CompressionCallback):
     With ``action="rollback"`` the model goes back to what it was right before the last event: structure, weights,
     optimizer state, masks, and what the compressing callbacks remember. This happens before the next step, so that the
     checkpoints of this validation hold the model that was audited, and the decision. The event is rejected: it does not
-    happen again, and the schedule holds the value before it until the next event. Time does not run backwards: steps,
-    learning rates, random numbers and the place in the data go on. It keeps a copy of model and optimizer state, in
-    memory and in checkpoints, from each event to the next, and works with `Pruning`, `ChannelPruning` and
-    `Distillation`, on one device and under DDP.
+    happen again, and the schedule holds the value before it until the next event. What has a single event stays undone:
+    layers that were factored, converted or quantized are dense, in full precision, for the rest of the fit. Time does
+    not run backwards: steps, learning rates, random numbers and the place in the data go on. It keeps a copy of model
+    and optimizer state, in memory and in checkpoints, from each event that changed something to the next, and works
+    with `Pruning`, `ChannelPruning`, `LowRank`, `CompactConversion`, `JointCompression`, `QuantizationAwareTraining`
+    and `Distillation` (not from an average of the student), on one device and under DDP.
 
     Args:
         watch: Name of the `CompressionAudit`.
@@ -101,6 +115,13 @@ class AuditGate(CompressionCallback):
         self._steps = 0
         self._kept: rollback.Snapshot | None = None
         self._pending = False
+        self._before: rollback.Snapshot | None = None  # while the events of a step run
+        self._changed = False
+
+    @property
+    def takes_back(self) -> bool:  # type: ignore[override]
+        """Whether it may undo edits."""
+        return self.action == "rollback"
 
     def check(self, run: Coordinator) -> None:
         """See `CompressionCallback.check`."""
@@ -129,8 +150,8 @@ class AuditGate(CompressionCallback):
 
     def _check_rollback(self, run: Coordinator) -> None:
         run.adapter.require("rollback by a gate", self.name)
-        known = (Pruning, ChannelPruning, Distillation)
-        other = [t.name for t in run.techniques if t.order <= DISTILLATION and not isinstance(t, known)]
+        other = [t.name for t in run.techniques if t.order <= DISTILLATION and type(t) not in _TAKEN_BACK]
+        other += [f"{t.name} from an average" for t in run.techniques if isinstance(t, Distillation) and t.is_average]
         # By name in the MRO: the `pytorch_lightning` copies of the classes count too.
         keepers = {"WeightAveraging", "StochasticWeightAveraging", "BaseFinetuning"}
         other += [
@@ -141,14 +162,19 @@ class AuditGate(CompressionCallback):
         if other:
             raise CompressionError(
                 f"{self.name}: {', '.join(other)} keeps layers, averages or stages of its own, which a rollback does "
-                "not bring back; it works with Pruning, ChannelPruning and Distillation. Let the gate wait instead: "
-                "action='pause'"
+                f"not bring back; it works with {', '.join(kind.__name__ for kind in _TAKEN_BACK)}. Let the gate wait "
+                "instead: action='pause'"
             )
 
     def start(self, run: Coordinator) -> None:
         """Work out how many steps a pause has: at least one, however short the run."""
         pause = Schedule(begin=self.pause, curve="constant")
         self._steps = 0 if run.is_trial else max(1, run.resolve(pause).events[0])
+        if self.takes_back:
+            if self._kept is not None and not rollback.can_put_back(run, self._kept):
+                self._kept = None  # an earlier `fit` of this Trainer ended with it
+            edits = manifest.edits_of(run.pl_module) if self._kept is None else self._kept["edits"]
+            rollback.forget_before(run, len(edits))
 
     def audited(self, run: Coordinator, audit: str, card: Scorecard) -> None:
         """Close if a watched metric failed; called before checkpoints of the same validation are saved."""
@@ -206,7 +232,18 @@ class AuditGate(CompressionCallback):
             rollback.put_back(run, self._kept)
             self._pending, self._kept = False, None
         if any(run.due(technique, run.step) for technique in rollback.compressing(run)):
-            self._kept = rollback.take(run)
+            self._before, self._changed = rollback.take(run), False
+
+    def on_compression_event(self, trainer: Trainer, pl_module: LightningModule, record: EventRecord) -> None:
+        """See whether an event changed the model: some only measure, or find nothing that would pay."""
+        self._changed = self._changed or bool(record.layers)
+
+    def boundary(self, run: Coordinator, step: int) -> None:
+        """After the events: what was before them is kept if they changed something."""
+        if self._before is not None and self._changed:
+            self._kept = self._before
+            rollback.forget_before(run, len(self._kept["edits"]))
+        self._before = None
 
     def _failed(self, card: Scorecard) -> list[str]:
         names = {f"{metric.family}.{metric.name}": metric.verdict for metric in card.metrics()}

@@ -52,6 +52,7 @@ class CompressionCallback(L.Callback):
     order: ClassVar[int] = REPORT
     changes_structure: ClassVar[bool] = False
     hold_early_stopping: bool = False
+    takes_back: bool = False  # may undo edits of this fit: how to is kept
 
     def __init__(self, name: str | None = None, schedule: Schedule | None = None) -> None:
         if name is not None and (not isinstance(name, str) or not name):
@@ -121,6 +122,9 @@ class CompressionCallback(L.Callback):
 
     def event(self, run: Coordinator, step: int) -> None:
         """Act for the scheduled event at `step`."""
+
+    def taken_back(self, run: Coordinator) -> None:
+        """The last event was undone: the model, and the state of this callback, are those from before it."""
 
     def boundary(self, run: Coordinator, step: int) -> None:
         """Before each optimizer step's first batch, after events."""

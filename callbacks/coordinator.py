@@ -71,6 +71,10 @@ class Coordinator(Clock):
         self.setup_journal: surgery.Journal | None = (
             surgery.Journal()
         )  # how to undo what was done before training began
+        # How to undo edits of this fit, by their places in the manifest; only kept for one who may ask for it.
+        self.undoing: list[tuple[range, surgery.Journal]] | None = None
+        if any(technique.takes_back for technique in self.techniques):
+            self.undoing = []
         self._recorded, self._leaves_record = False, True
         self.closed = False
 

@@ -24,6 +24,7 @@ from lightning_compress.targets import as_patterns
 
 if TYPE_CHECKING:
     from lightning_compress.callbacks.coordinator import Coordinator
+    from lightning_compress.decisions import Decision
 
 Rule = Literal["energy", "ratio", "stable", "evbmf"]
 COLD = 0.1  # the factor of the learning rate with which re-warming starts
@@ -265,6 +266,11 @@ class LowRank(CompressionCallback):
         if self._decay is not None:
             self._decay.forget()
 
+    def taken_back(self, run: Coordinator) -> None:
+        """The layers are those from before the switch."""
+        if self._decay is not None:
+            self._decay.forget()
+
     def boundary(self, run: Coordinator, step: int) -> None:
         """Refuse in the first step what cannot work, now that all schedules are resolved."""
         if self._checked or self.resolved is None or run.decisions.find(f"{self.name}/switch") is not None:
@@ -288,8 +294,8 @@ class LowRank(CompressionCallback):
 
     def finish(self, run: Coordinator) -> None:
         """Cut what is zero away, where shapes may change; say so if there was no switch."""
-        if not self.at_start and run.decisions.find(f"{self.name}/switch") is None:
-            rank_zero_info(f"{self.name}: the fit ended before the switch; no layer has a lower rank")
+        if not self.at_start and self._switch(run) is None:
+            rank_zero_info(f"{self.name}: the fit ended without a switch; no layer has a lower rank")
         if self.mode == "masked" and self.compact:
             Work(self, run).end_masked()
 
@@ -303,9 +309,14 @@ class LowRank(CompressionCallback):
         if self.mode == "masked" and self.compact and ended:
             Work(self, run).end_masked()  # resumed from the file of a fit's very end: Lightning calls no `on_train_end`
 
+    def _switch(self, run: Coordinator) -> Decision | None:
+        """The record of the switch; none if it was taken back."""
+        rejected = run.decisions.find(f"{self.name}/reject")
+        return run.decisions.find(f"{self.name}/switch") if rejected is None else None
+
     def _warmth(self, run: Coordinator) -> float:
         """The factor of the learning rate, a function of the step and the recorded switch."""
-        switch = run.decisions.find(f"{self.name}/switch")
+        switch = self._switch(run)
         if switch is None or run.step < switch.step or run.step >= switch.step + self._rewarm_steps:
             return 1.0
         return COLD + (1 - COLD) * (run.step - switch.step + 1) / (self._rewarm_steps + 1)

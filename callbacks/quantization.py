@@ -210,6 +210,18 @@ class QuantizationAwareTraining(CompressionCallback):
             self._committed = run.step
             self._commit(run, {n: q for n, q in self._quantizers(run).items() if q.observing})
 
+    def taken_back(self, run: Coordinator) -> None:
+        """Observers know again what they knew; frozen BatchNorm layers train again."""
+        self._edits = -1
+        for name, quantizer in self._quantizers(run).items():
+            quantizer.forget()
+            if quantizer.observer is not None and name in self._restored:
+                quantizer.observer.load_state(self._restored[name])
+        self._restored = {}
+        for module in self._frozen_modes:
+            module.training = True
+        self._frozen_modes = []
+
     def finish(self, run: Coordinator) -> None:
         """Say so if quantization never began."""
         if self.resolved is not None and set(self.resolved.events) - set(self.done):
@@ -238,11 +250,13 @@ class QuantizationAwareTraining(CompressionCallback):
 
     def _set_modes(self, run: Coordinator, step: int) -> None:
         observe, ranges, batch_norm = (self._points[key] for key in ("observe", "ranges", "batch_norm"))
-        watching = observe is not None and step >= observe and (ranges is None or step < ranges or not self.done)
-        for quantizer in self._quantizers(run).values():
+        quantizers = self._quantizers(run).values()
+        begun = any(quantizer.enabled for quantizer in quantizers)
+        watching = observe is not None and step >= observe and (ranges is None or step < ranges or not begun)
+        for quantizer in quantizers:
             searched = quantizer.observer is not None and quantizer.observer.has_histogram
             quantizer.observing = watching and quantizer.follows_data and not (searched and quantizer.enabled)
-        if batch_norm is not None and step >= batch_norm and self.done:
+        if batch_norm is not None and step >= batch_norm and begun:
             for module in run.pl_module.modules():
                 if isinstance(module, _BatchNorm) and module.training:
                     module.training = False

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from lightning_utilities.core.rank_zero import rank_zero_info
 
-from lightning_compress import manifest
+from lightning_compress import manifest, surgery
 from lightning_compress.callbacks.strategies import is_trusted
 from lightning_compress.errors import CompressionError
 
@@ -32,7 +33,7 @@ def replay(run: Coordinator, path: str) -> None:
             "the model was sharded in `configure_model` before the structure of the checkpoint could be restored; "
             "call `lightning_compress.materialize(self.model)` right before `fully_shard`"
         )
-    manifest.replay(run.pl_module, found, run.setup_journal)
+    _replay(run, found)
     if run.stage != "fit" and run.adapter.is_sharded:  # once sharded, layers cannot be given masks
         run.masking.packed = dict(found.get("masks") or {})
         run.masking.attach_packed()
@@ -57,11 +58,23 @@ def load(run: Coordinator, checkpoint: dict[str, Any]) -> None:
                 "setup; set `trainer.ckpt_path = path` before `fit`, or pass ckpt_path= to it"
             )
     else:
-        manifest.replay(run.pl_module, recorded, run.setup_journal)
+        _replay(run, recorded)
         manifest.check_masks(run.pl_module, recorded)
     run.masking.packed = dict(recorded.get("masks") or {})
     _match_helpers(run, checkpoint)
     _say_warm_starts(run, checkpoint)
+
+
+def _replay(run: Coordinator, recorded: Mapping[str, Any]) -> None:
+    """Make the edits that the module lacks; one by one, if some may have to be undone alone."""
+    if run.undoing is not None and run.setup_journal is not None:
+        edits = recorded.get("edits", [])
+        for count in range(len(manifest.edits_of(run.pl_module)), len(edits)):
+            journal = surgery.Journal()
+            manifest.replay(run.pl_module, {**recorded, "edits": edits[: count + 1]}, journal)
+            run.setup_journal.on_undo(journal.undo)
+            run.undoing.append((range(count, count + 1), journal))
+    manifest.replay(run.pl_module, recorded, run.setup_journal)
 
 
 def _match_helpers(run: Coordinator, checkpoint: dict[str, Any]) -> None:

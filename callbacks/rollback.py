@@ -1,9 +1,10 @@
 """The model as it was before an event of compression: kept as plain data, and put back between two steps.
 
-What is kept holds all that masks and cut channels change: values and shapes of parameters and buffers, widths that
-layers know of, the state of the optimizers, masks, the list of edits, and what the callbacks that compress remember.
-It is plain data, so that a checkpoint has it too and a resumed run rolls back like one that was never stopped. Time
-does not run backwards: steps, learning rates, random numbers and the place in the data go on.
+Structure goes back by the journals of the edits, whatever they were: cut channels, layers that were replaced,
+quantizers that were switched on. What is kept beside them are values: of parameters and buffers, the state of the
+optimizers, masks, and what the callbacks that compress remember. It is plain data, so that a checkpoint has it too;
+a resumed run makes its edits anew, with their journals, and rolls back like one that was never stopped. Time does not
+run backwards: steps, learning rates, random numbers and the place in the data go on.
 """
 
 from __future__ import annotations
@@ -70,13 +71,14 @@ def put_back(run: Coordinator, snapshot: Snapshot) -> None:
     """
     run.adapter.agree([snapshot["step"], snapshot["edits"], snapshot["masks"]], "what to roll back to")
     with deferred_signals():
-        _check_names(run, snapshot)
+        later = _later_edits(run, snapshot)
         for optimizer in run.trainer.optimizers:
             optimizer.zero_grad(set_to_none=True)
         run.pl_module.zero_grad(set_to_none=True)
-        cut = len(manifest.edits_of(run.pl_module)) != len(snapshot["edits"])
+        for journal in later:
+            journal.undo()
+        _check_names(run, snapshot)
         _put_tensors(run.pl_module, snapshot)
-        manifest.rewind(run.pl_module, len(snapshot["edits"]))
         _put_optimizers(run, snapshot["optimizers"])
         run.masking.rewind(snapshot["masks"])
         for technique in compressing(run):
@@ -84,7 +86,10 @@ def put_back(run: Coordinator, snapshot: Snapshot) -> None:
             if own is not None:
                 technique.load_state_dict(copy.deepcopy({**own, "shared": {}}))
             technique.done = done  # what was rejected happened, and does not happen again
-        if cut:
+            technique.taken_back(run)
+        for follower in (follower for technique in run.techniques for follower in technique.followers(run)):
+            follower.follow([], surgery.Journal())  # hooks that a resumed run has put on what stood there
+        if later:
             run.adapter.rewrap()
             if "torch._dynamo" in sys.modules:
                 torch._dynamo.reset()
@@ -140,6 +145,26 @@ def _cloned(state: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v.detach().clone() if isinstance(v, Tensor) else copy.deepcopy(v) for k, v in state.items()}
 
 
+def forget_before(run: Coordinator, edits: int) -> None:
+    """Keep no longer how to undo the first `edits` edits."""
+    assert run.undoing is not None
+    run.undoing[:] = [(places, journal) for places, journal in run.undoing if places.start >= edits]
+
+
+def can_put_back(run: Coordinator, snapshot: Snapshot) -> bool:
+    """Whether the edits since then are of this fit, or of the checkpoint that it went on from."""
+    assert run.undoing is not None
+    known = {place for places, _ in run.undoing for place in places}
+    return known >= set(range(len(snapshot["edits"]), len(manifest.edits_of(run.pl_module))))
+
+
+def _later_edits(run: Coordinator, snapshot: Snapshot) -> list[surgery.Journal]:
+    """The journals of the edits since then, newest first."""
+    assert run.undoing is not None
+    assert can_put_back(run, snapshot)
+    return [journal for places, journal in reversed(run.undoing) if places.start >= len(snapshot["edits"])]
+
+
 def _check_names(run: Coordinator, snapshot: Snapshot) -> None:
     have, wanted = {name for name, *_ in _tensors(run.pl_module)}, set(snapshot["tensors"])
     problem = None
@@ -147,7 +172,7 @@ def _check_names(run: Coordinator, snapshot: Snapshot) -> None:
         odd = sorted(have ^ wanted)
         problem = (
             f"the model cannot be rolled back to step {snapshot['step']}: {odd[0]!r} is in only one of the two "
-            f"({len(odd)} such names), so something beside pruning changed its layers; let the gate wait instead "
+            f"({len(odd)} such names), so something beside compression changed its layers; let the gate wait instead "
             "(action='pause')"
         )
     run.adapter.together(problem)
@@ -169,9 +194,8 @@ def _put_tensors(root: nn.Module, snapshot: Snapshot) -> None:
             registry[key] = fresh[id(tensor)]
             changed.add(id(owner))
         changed.add(id(module))
-    cut = {path for edit in manifest.edits_of(root)[len(snapshot["edits"]) :] for path in edit.get("attributes", {})}
     for path, module in root.named_modules(remove_duplicate=False):
-        if id(module) in changed or clean_name(path) in cut:
+        if id(module) in changed:
             for attribute, number in snapshot["widths"].get(clean_name(path), {}).items():
                 setattr(module, attribute, number)
 

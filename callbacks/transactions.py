@@ -42,6 +42,9 @@ def edit(run: Coordinator, technique: str, edits: Sequence[surgery.Edit]) -> sur
             _follow_up(run, edits, helpers, transaction.swaps, journal)
         if len(run.masking):
             run.masking.repack(journal)
+    if run.undoing is not None and run.setup_journal is None:
+        made = len(manifest.edits_of(run.pl_module))
+        run.undoing.append((range(made - len(edits), made), journal))
     for holder in interplay.holders(run.pl_module, run.trainer, old) if wrapped else ():
         rank_zero_warn(
             f"{holder} still refers to parameters that were replaced; if it trains or decays them, let it look them up "

@@ -65,12 +65,6 @@ def record(root: nn.Module, edits: Sequence[surgery.Edit], journal: surgery.Jour
     journal.set_item(root.__dict__, _LOG, [*edits_of(root), *edits])
 
 
-def rewind(root: nn.Module, edits: int) -> None:
-    """Keep only the first `edits` of the record, when a caller has undone the later ones."""
-    if edits < len(edits_of(root)):
-        root.__dict__[_LOG] = list(edits_of(root))[:edits]
-
-
 def forget(root: nn.Module, kinds: Sequence[str]) -> None:
     """Drop the record of edits of these kinds, because they were undone exactly."""
     kept = [edit for edit in edits_of(root) if edit.get("kind") not in kinds]

@@ -14,15 +14,19 @@ from lightning_compress.callbacks import (
     AuditGate,
     AuditRepair,
     ChannelPruning,
+    CompactConversion,
     CompressionAudit,
     Distillation,
+    LowRank,
     Pruning,
+    QuantizationAwareTraining,
 )
 from lightning_compress.callbacks.base import CompressionCallback
 from lightning_compress.callbacks.testing import TinyNet
 
 CUTS = lc.Schedule(begin=3, end=9, every=6)
 MASKS = lc.Schedule(begin=2, end=10, every=2)
+ONCE = lc.Schedule(begin=5)
 
 
 class Says(CompressionAudit):
@@ -72,6 +76,16 @@ AUDITED: dict[str, Callable[[], list[CompressionCallback]]] = {
     ],
     "rollback, channels and masks": lambda: [
         ChannelPruning(keep_macs=0.5, schedule=CUTS), Pruning(0.8, schedule=MASKS), Says(["FAIL"] * 3),
+        AuditGate(action="rollback"),
+    ],
+    "rollback, low rank": lambda: [
+        LowRank("ratio", schedule=ONCE), Pruning(0.8, schedule=MASKS), Says(["FAIL"] * 9), AuditGate(action="rollback"),
+    ],
+    "rollback, int8": lambda: [
+        QuantizationAwareTraining(schedule=ONCE, observe=2), Says(["FAIL"] * 9), AuditGate(action="rollback"),
+    ],
+    "rollback, blocks": lambda: [
+        CompactConversion("depthwise_separable", schedule=ONCE, fit_steps=0), Says(["FAIL"] * 9),
         AuditGate(action="rollback"),
     ],
     "conductance": lambda: [

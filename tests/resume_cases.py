@@ -10,13 +10,15 @@ from typing import Any
 
 import lightning as L
 import torch
+from audited_fits import AUDITED as AUDITED_FITS
+from audited_fits import Says
 from lightning.pytorch.callbacks import ModelCheckpoint
 from resuming import MASKS, TECHNIQUES, differences, every_epoch, every_step, fit, state
 from torch import nn
 
 import lightning_compress as lc
 from lightning_compress import manifest
-from lightning_compress.callbacks import Pruning
+from lightning_compress.callbacks import AuditGate, LowRank, Pruning
 from lightning_compress.callbacks.testing import TinyNet, rank, tiny_loader
 
 NAMES = {
@@ -28,6 +30,14 @@ NAMES = {
     "low_rank": "low rank, automatic", "low_rank_masked": "low rank, masked", "compact": "compact",
     "int8": "int8", "lsq": "lsq", "learned_bits": "learned bits",
 }  # fmt: skip
+AUDITED = {
+    "rollback": lambda folder: [
+        LowRank("ratio", schedule=lc.Schedule(begin=4)), Pruning(0.8, schedule=MASKS), Says(["PASS", "FAIL"]),
+        AuditGate(action="rollback"),
+    ],
+    "adversarial": lambda folder: AUDITED_FITS["adversarial, found"](),
+}  # fmt: skip
+NAMES |= {name: name for name in AUDITED}
 STOPS = ("step=1", "step=5", "epoch=0")
 _ENVIRONMENT = dict(os.environ)
 
@@ -35,7 +45,8 @@ _ENVIRONMENT = dict(os.environ)
 def _fit(folder: Path, technique: str, **settings: Any) -> dict[str, Any]:
     os.environ.update(_ENVIRONMENT)  # Lightning deletes WORLD_SIZE after a fit
     extra = settings.pop("extra", [])
-    callbacks = [*TECHNIQUES[technique](Path.cwd()), every_step(folder), every_epoch(folder), *extra]
+    settings.setdefault("validate", technique in AUDITED)
+    callbacks = [*(TECHNIQUES | AUDITED)[technique](Path.cwd()), every_step(folder), every_epoch(folder), *extra]
     found = state(*fit(callbacks, kind="ddp", **settings))
     for kept in found["callbacks"].values() if rank() else ():
         kept.pop("example", None)  # of the rank's own batch; it is rank 0's, in the file, that cuts are planned with

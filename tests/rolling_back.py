@@ -14,6 +14,7 @@ from lightning_compress import manifest
 from lightning_compress.callbacks import ChannelPruning, Pruning
 from lightning_compress.callbacks.base import AUDIT, CompressionCallback
 from lightning_compress.callbacks.testing import ResumableLoader, TinyNet, rank, tiny_data, tiny_loader
+from lightning_compress.quantization.attachment import quantizers
 
 
 class Notes(CompressionCallback):
@@ -58,7 +59,14 @@ def state(run: Any) -> dict[str, Any]:
         "local": {n: m.clone() for n, m in run.masking.store.local.items()},
         "edits": list(manifest.edits_of(module)),
         "widths": [m.out_channels for m in module.net if isinstance(m, torch.nn.Conv2d)],
+        "layers": [f"{name}: {type(m).__name__}" for name, m in module.named_modules()],
+        "trained": [n for n, p in named.items() if p.requires_grad],
+        "quantizers": {n: _known(q) for n, q in quantizers(module).items()},
     }
+
+
+def _known(quantizer: Any) -> list[Any]:
+    return [quantizer.enabled, quantizer.signed, quantizer.observer and quantizer.observer.state()]
 
 
 def equal(a: Any, b: Any) -> bool:

@@ -257,6 +257,13 @@ class Quantizer(nn.Module):
             return True
         return bool((self.get_buffer("lo") != 0).any() | (self.get_buffer("hi") != 0).any())
 
+    def forget(self) -> None:
+        """Forget what it has observed, and before it computes the sign that follows from that too."""
+        if self.observer is not None:
+            self.observer = Observer(self.spec)
+        if not self.enabled:
+            self.signed = self._sign_of_spec()
+
     def _observe(self) -> None:
         """For activations with ranges: an observer and the two buffers that hold what it found."""
         self.observer = Observer(self.spec)

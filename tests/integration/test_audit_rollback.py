@@ -7,15 +7,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fits
 import lightning as L
 import pytest
 import torch
 from rolling_back import Notes, Says, cuts, equal, fit, masks
 
 import lightning_compress as lc
-from lightning_compress.callbacks import AuditGate, ExactResume, LowRank, QuantizationAwareTraining
-from lightning_compress.callbacks.testing import TinyNet
+from lightning_compress.callbacks import (
+    AuditGate,
+    CompactConversion,
+    Distillation,
+    ExactResume,
+    JointCompression,
+    LearnedBitWidths,
+    LowRank,
+    QuantizationAwareTraining,
+)
+from lightning_compress.callbacks.testing import TinyNet, tiny_loader
 from lightning_compress.errors import CompressionError
+from lightning_compress.quantization.attachment import quantizers
 
 CASES: dict[str, Callable[[], list[Any]]] = {
     "masks": lambda: [masks()],
@@ -23,13 +34,34 @@ CASES: dict[str, Callable[[], list[Any]]] = {
     "channels": lambda: [cuts()],
     "channels and masks": lambda: [cuts(), masks()],
 }
+AT = lc.Schedule(begin=7)
+ONCE: dict[str, Callable[[], list[Any]]] = {
+    "low rank": lambda: [LowRank("ratio", schedule=AT)],
+    "low rank, masked": lambda: [LowRank("ratio", schedule=AT, mode="masked", frobenius_decay=0.1, rewarm=4)],
+    "low rank, settled": lambda: [
+        LowRank("ratio", when="auto", schedule=lc.Schedule(begin=1, end=7, every=2), window=2, tolerance=1e-9)
+    ],
+    "low rank under masks": lambda: [LowRank("ratio", schedule=AT), masks()],
+    "blocks": lambda: [CompactConversion("depthwise_separable", schedule=AT, fit_steps=0)],
+    "joint": lambda: [JointCompression(keep_macs=0.5, schedule=AT, calibration_samples=32, rounds=1)],
+    "int8": lambda: [QuantizationAwareTraining(schedule=AT, observe=2, freeze_ranges=10)],
+    "lsq": lambda: [QuantizationAwareTraining("w2a2_lsq", schedule=AT)],
+    "channels and int8": lambda: [cuts(), QuantizationAwareTraining(schedule=AT)],
+    "distilled low rank": lambda: [
+        LowRank("ratio", schedule=AT),
+        Distillation(fits.teacher(), losses=[lc.KD(), lc.Hint(["net.3", "net.7"], 10.0)], example_inputs=fits.X),
+    ],
+}
+EVERY = {**CASES, **ONCE}
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "Adam"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "optimizer"),
+    [*((case, "sgd") for case in EVERY), *((case, "Adam") for case in (*CASES, "low rank", "lsq"))],
+)
 def test_the_model_is_what_it_was_before_the_event_bit_for_bit(case: str, optimizer: str) -> None:
     notes, gate = Notes(), AuditGate(action="rollback")
-    fit([*CASES[case](), Says(["PASS", "FAIL"]), gate, notes], optimizer=optimizer)  # the audit is made after step 8
+    fit([*EVERY[case](), Says(["PASS", "FAIL"]), gate, notes], optimizer=optimizer)  # the audit is made after step 8
     (entry,) = gate.history
     assert entry["back_to"] == 7
     assert entry["step"] == 8
@@ -37,7 +69,7 @@ def test_the_model_is_what_it_was_before_the_event_bit_for_bit(case: str, optimi
     assert equal(notes.before[7], notes.after[8])
     assert not equal(notes.before[7], notes.before[8])  # what would be left without the rollback
     control = Notes()
-    fit([*CASES[case](), Says([]), AuditGate(action="rollback"), control], optimizer=optimizer)
+    fit([*EVERY[case](), Says([]), AuditGate(action="rollback"), control], optimizer=optimizer)
     assert equal(control.before[7], notes.before[7])
     assert not equal(control.after[8], notes.after[8])
 
@@ -80,19 +112,24 @@ def test_decided_at_the_last_validation_it_happens_before_the_fit_ends() -> None
     assert all(torch.equal(notes.before[7]["tensors"][n], p) for n, p in module.named_parameters())
 
 
-@pytest.mark.parametrize("case", ["masks", "soft masks", "channels and masks"])
-@pytest.mark.parametrize("stop", ["epoch=0", "epoch=1", "epoch=2"])  # before the event; decided, not done; done
-def test_stopped_and_resumed_is_straight(case: str, stop: str, tmp_path: Path) -> None:
+# Stopped after the first epoch it is before the event, after the second it is decided and not done, then it is done.
+@pytest.mark.parametrize(
+    ("case", "stops"),
+    [*((case, (0, 1, 2)) for case in ("soft masks", "channels and masks", "low rank")),
+     *((case, (1,)) for case in ONCE if case != "low rank")],
+)  # fmt: skip
+def test_stopped_and_resumed_is_straight(case: str, stops: tuple[int, ...], tmp_path: Path) -> None:
     def callbacks() -> list[Any]:
-        return [ExactResume(), *CASES[case](), Says(["PASS", "FAIL", "PASS", "FAIL"]), AuditGate(action="rollback")]
+        return [ExactResume(), *EVERY[case](), Says(["PASS", "FAIL", "PASS", "FAIL"]), AuditGate(action="rollback")]
 
     saving = L.pytorch.callbacks.ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
     straight = fit([*callbacks(), saving], resumable=True, enable_checkpointing=True)
-    again = fit(callbacks(), resumable=True, ckpt_path=tmp_path / f"{stop}.ckpt")
-    found, wanted = dict(again.named_parameters()), dict(straight.named_parameters())
-    assert found.keys() == wanted.keys()
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
-    assert str(lc.manifest.edits_of(again)) == str(lc.manifest.edits_of(straight))
+    for stop in stops:
+        again = fit(callbacks(), resumable=True, ckpt_path=tmp_path / f"epoch={stop}.ckpt")
+        found, wanted = dict(again.named_parameters()), dict(straight.named_parameters())
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+        assert str(lc.manifest.edits_of(again)) == str(lc.manifest.edits_of(straight))
 
 
 def test_checkpoints_of_the_validation_hold_what_was_audited(tmp_path: Path) -> None:
@@ -116,14 +153,14 @@ def test_bad_arguments() -> None:
 @pytest.mark.parametrize(
     "other",
     [
-        lambda: LowRank("ratio", schedule=lc.Schedule(begin=5)),
-        lambda: QuantizationAwareTraining(schedule=lc.Schedule(begin=5)),
+        lambda: LearnedBitWidths(keep_bytes=0.2, schedule=lc.Schedule(begin=1), until=3),
+        lambda: Distillation(lc.EMATeacher(0.9)),
         lambda: L.pytorch.callbacks.EMAWeightAveraging(decay=0.9),
     ],
 )
 def test_what_it_does_not_bring_back_is_refused_with_the_way_out(other: Callable[[], Any]) -> None:
     with pytest.raises(CompressionError, match="action='pause'"):
-        fit([masks(), other(), Says([]), AuditGate(action="rollback")], epochs=1)
+        fit([masks(), other(), Says([]), AuditGate(action="rollback")], epochs=5)
 
 
 def test_an_optimizer_with_a_parameter_of_nobody_is_refused() -> None:
@@ -142,3 +179,30 @@ def test_the_copy_is_of_its_own() -> None:
     state = copy.deepcopy(gate.state_dict())
     assert state["kept"]["step"] == 15
     assert not state["pending"]
+
+
+def test_a_layer_that_was_quantized_in_vain_is_left_in_full_precision() -> None:
+    qat = QuantizationAwareTraining(schedule=AT, observe=2, freeze_ranges=10, freeze_batch_norm=12)
+    module = fit([qat, Says(["PASS", "FAIL"]), AuditGate(action="rollback")], model=TinyNet(batchnorm=True))
+    assert not any(quantizer.enabled for quantizer in quantizers(module).values())
+    assert not any(lc.manifest.changes_outputs(edit) for edit in lc.manifest.edits_of(module))
+    assert all(part.training for part in module.modules())  # BatchNorm was not frozen for a fit that does not quantize
+
+
+def test_an_event_that_only_measures_does_not_replace_what_can_be_taken_back() -> None:
+    measures = LowRank("ratio", when="auto", schedule=lc.Schedule(begin=5, end=21, every=4), tolerance=1e-9)
+    gate = AuditGate(action="rollback")
+    fit([measures, masks(), Says(["PASS", "PASS", "FAIL"]), gate])
+    assert [entry["back_to"] for entry in gate.history] == [11]
+
+
+def test_what_an_earlier_fit_of_the_trainer_ended_with_stays() -> None:
+    gate = AuditGate(action="rollback")
+    callbacks = [LowRank("ratio", schedule=AT), Says(["PASS", "PASS", "FAIL", "FAIL"]), gate]
+    trainer = L.Trainer(**{**fits.QUIET, "max_epochs": 2, "num_sanity_val_steps": 0}, callbacks=callbacks)
+    module, loader = TinyNet(), tiny_loader()
+    trainer.fit(module, loader, loader)
+    trainer.fit_loop.max_epochs = 4
+    trainer.fit(module, loader, loader)
+    assert not gate.history
+    assert len(lc.manifest.edits_of(module)) == 1

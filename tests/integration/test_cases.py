@@ -10,16 +10,19 @@ import fits
 import lightning as L
 import pytest
 import torch
+from audited_fits import Says, adversarial
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 import lightning_compress as lc
 from lightning_compress import manifest
 from lightning_compress.callbacks import (
+    AuditGate,
     ChannelPruning,
     CompactConversion,
     CompressionAudit,
     Distillation,
     JointCompression,
+    LowRank,
     Pruning,
 )
 from lightning_compress.callbacks.base import CompressionCallback
@@ -82,6 +85,14 @@ TECHNIQUES: dict[str, Make] = {
     "assistant, drawn": lambda folder: fits.TECHNIQUES["chain, drawn"](),
     "assistant, by gap": lambda folder: fits.TECHNIQUES["chain, by gap"](),
     "assistant, masks": lambda folder: [*fits.TECHNIQUES["chain"](), *fits.TECHNIQUES["masks"]()],
+    "rollback of masks": lambda folder: [
+        *fits.TECHNIQUES["masks"](), Says(["PASS", "FAIL"]), AuditGate(action="rollback")
+    ],
+    "rollback of ranks": lambda folder: [
+        LowRank("ratio", schedule=lc.Schedule(begin=5)), Says(["FAIL"] * 9), AuditGate(action="rollback"),
+    ],
+    "adversarial training": lambda folder: [adversarial()],
+    "adversarial training when an audit fails": lambda folder: fits.TECHNIQUES["adversarial, found"](),
     "everything": lambda folder: fits.TECHNIQUES["all"](),
 }
 CUTTING = {name for name in TECHNIQUES if "channels" in name or name in ("everything", "joint budget")}
@@ -123,6 +134,8 @@ def check(technique: str, module: L.LightningModule) -> None:
         assert module.net[3].ranks <= (8,)  # type: ignore[index, union-attr]
     if technique in CONVERTING:
         assert isinstance(module.net[3], CompactBlock)  # type: ignore[index]
+    if technique == "rollback of ranks":
+        assert not manifest.edits_of(module)
     if technique in MASKING:
         weights = [p for n, p in module.named_parameters() if n.endswith("weight")]
         zeros = sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
@@ -135,6 +148,7 @@ def check(technique: str, module: L.LightningModule) -> None:
             "compact, masks": 0.8,
             "soft masks": 0.8,
             "everything": 0.8,
+            "rollback of masks": 0.8,
             "audit": 0.8,
             "N:M masks": 0.45,
             "filter masks": 0.35,
