@@ -86,10 +86,14 @@ TECHNIQUES: dict[str, Make] = {
     "assistant, by gap": lambda folder: fits.TECHNIQUES["chain, by gap"](),
     "assistant, masks": lambda folder: [*fits.TECHNIQUES["chain"](), *fits.TECHNIQUES["masks"]()],
     "rollback of masks": lambda folder: [
-        *fits.TECHNIQUES["masks"](), Says(["PASS", "FAIL"]), AuditGate(action="rollback")
+        *fits.TECHNIQUES["masks"](),
+        Says(["PASS", "FAIL"]),
+        AuditGate(action="rollback"),
     ],
     "rollback of ranks": lambda folder: [
-        LowRank("ratio", schedule=lc.Schedule(begin=5)), Says(["FAIL"] * 9), AuditGate(action="rollback"),
+        LowRank("ratio", schedule=lc.Schedule(begin=5)),
+        Says(["FAIL"] * 9),
+        AuditGate(action="rollback"),
     ],
     "adversarial training": lambda folder: [adversarial()],
     "adversarial training when an audit fails": lambda folder: fits.TECHNIQUES["adversarial, found"](),
