@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib
 import sys
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from lightning_compress.quantization.integer.artifact import Int8Artifact
 from lightning_compress.writing import whole
 
 COMMANDS = ("audit", "compare")
+_FURTHER = ("members", "nonmembers", "ood", "calibration")
 
 
 def main(args: Sequence[str]) -> int:
@@ -57,6 +59,11 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--model", help="pkg:LitNet, the class that the checkpoints are of")
     one.add_argument("--data", required=True, help="pkg:Data, a class or function that gives held-out data")
     one.add_argument("--members", help="pkg:train_data, training examples without augmentation, for privacy audits")
+    one.add_argument("--nonmembers", help="pkg:data, examples that were not trained on; default: those of --data")
+    one.add_argument("--ood", help="pkg:data, inputs of another distribution")
+    one.add_argument("--calibration", help="pkg:data, what the compressed model was calibrated with")
+    kinds = "tuned: the dense model trained on; dense, compressed: of other seeds; evaluator: judges inversions"
+    one.add_argument("--reference", action="append", default=[], metavar="KIND=MODEL", help=f"may be repeated. {kinds}")
     one.add_argument("--space", nargs=2, type=float, metavar=("LOW", "HIGH"), help="range of the raw inputs")
     one.add_argument("--mean", nargs="+", type=float, help="normalisation that is not part of the model")
     one.add_argument("--std", nargs="+", type=float)
@@ -64,9 +71,16 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--task", help="default: what answers and targets look like")
     one.add_argument("--tier", type=int, default=1, choices=(0, 1, 2), help="0: seconds, 1: a minute, 2: minutes")
     one.add_argument("--examples", type=int, default=1000)
+    one.add_argument("--batch-size", type=int, default=256, help="examples a call")
     one.add_argument("--seconds", type=float, help="time for all audits; what is cut short says so")
     one.add_argument("--seed", type=int, default=0)
     one.add_argument("--margin", action="append", default=[], metavar="FAMILY.METRIC=VALUE", help="may be repeated")
+    one.add_argument("--weight", action="append", default=[], metavar="AXIS=VALUE", help="in the index; may be repeated")
+    one.add_argument(
+        "--option", action="append", default=[], metavar="AUDIT.ARGUMENT=VALUE",
+        help="an argument of one audit, such as robustness.eps=0.03; may be repeated",
+    )  # fmt: skip
+    one.add_argument("--no-cost", action="store_true", help="measure neither bytes, operations, latency nor memory")
     one.add_argument("--name", help="of the compressed model, for the card")
     one.add_argument("--energy", action="store_true", help="measure joules too; without it, where codecarbon is there")
     one.add_argument("--cache", help="a folder that keeps what the dense model did, for the next audit against it")
@@ -94,7 +108,8 @@ def _audit(options: argparse.Namespace) -> int:
         _model(options.compressed, options.model),
         _made(options.data),
         twin=None if options.twin is None else _model(options.twin, options.model),
-        members=None if options.members is None else _made(options.members),
+        **{name: _made(source) for name in _FURTHER if (source := getattr(options, name)) is not None},
+        references=_references(options.reference, options.model),
         space=space,
         normalized=options.normalized,
         task=options.task,
@@ -104,7 +119,11 @@ def _audit(options: argparse.Namespace) -> int:
         seed=options.seed,
         cache=options.cache,
         energy=options.energy or None,
-        margins=dict(map(_margin, options.margin)),
+        margins=dict(_number("margin", "family.metric=0.02", text) for text in options.margin),
+        weights=dict(_number("weight", "axis=2", text) for text in options.weight) or None,
+        options=_options(options.option),
+        batch_size=options.batch_size,
+        cost=not options.no_cost,
         identity={"name": options.name or Path(options.compressed).name, "reference": Path(options.dense).name},
     )
     for gate in card.gates:
@@ -163,9 +182,34 @@ def _named(source: str) -> Any:
         raise ValueError(f"{source!r} cannot be imported: {error}") from error
 
 
-def _margin(text: str) -> tuple[str, float]:
+def _references(given: Sequence[str], cls: str | None) -> dict[str, list[Any]]:
+    found: dict[str, list[Any]] = {}
+    for text in given:
+        kind, _, source = text.partition("=")
+        if not source:
+            raise ValueError(f"a reference is written as kind=model, such as tuned=tuned.ckpt; got {text!r}")
+        found.setdefault(kind, []).append(_model(source, cls))
+    return found
+
+
+def _options(given: Sequence[str]) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for text in given:
+        name, _, value = text.partition("=")
+        audit_name, _, argument = name.partition(".")
+        if not (audit_name and argument and value):
+            raise ValueError(f"an option is written as audit.argument=value, such as robustness.eps=0.03; got {text!r}")
+        own = found.setdefault(audit_name, {})
+        try:
+            own[argument] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):  # a word
+            own[argument] = value
+    return found
+
+
+def _number(what: str, example: str, text: str) -> tuple[str, float]:
     name, _, value = text.partition("=")
     try:
         return name, float(value)
     except ValueError as error:
-        raise ValueError(f"a margin is written as family.metric=0.02; got {text!r}") from error
+        raise ValueError(f"a {what} is written as {example}; got {text!r}") from error

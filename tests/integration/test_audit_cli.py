@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import lightning_compress as lc
+from lightning_compress import cli
 from lightning_compress.audits.comparison import compare_cards
 from lightning_compress.audits.gates import gates_of, index_of
 from lightning_compress.audits.results import AuditResult, Metric
@@ -36,6 +37,13 @@ def wrecked():
 def data():
     x = torch.rand(400, 6, generator=torch.Generator().manual_seed(1))
     return x, dense()(x).argmax(1)
+
+def others():
+    x = torch.rand(300, 6, generator=torch.Generator().manual_seed(2))
+    return x, dense()(x).argmax(1)
+
+def elsewhere():
+    return torch.rand(100, 6, generator=torch.Generator().manual_seed(3)).round()
 """
 
 
@@ -92,6 +100,31 @@ def test_audits_become_reports_and_reports_a_comparison(here: Path, capsys: pyte
     assert (theirs["fidelity.loss"].value, theirs["fidelity.loss"].lo) == (ours.value, ours.lo)
 
 
+def test_the_command_takes_what_the_function_takes(here: Path) -> None:
+    more = ["--reference", "tuned=audited_nets:small", "--reference", "dense=audited_nets:wrecked"]
+    more += ["--ood", "audited_nets:elsewhere", "--members", "audited_nets:data", "--nonmembers", "audited_nets:others"]
+    more += ["--weight", "fidelity=2", "--option", "calibration.bins=7", "--batch-size", "32", "--no-cost"]
+    audit("small", *more, "--report", "card.json")
+    card = lc.Scorecard.load("card.json")
+    from audited_nets import data, dense, elsewhere, others, small, wrecked
+
+    wanted = lc.audit(
+        dense(), small(), data(), space=(0.0, 1.0), tier=0, cost=False, ood=elsewhere(), members=data(),
+        nonmembers=others(), references={"tuned": [small()], "dense": [wrecked()]}, weights={"fidelity": 2.0},
+        options={"calibration": {"bins": 7}}, batch_size=32,
+    )  # fmt: skip
+    assert {f"{m.family}.{m.name}": m.value for m in card.metrics()} == {
+        f"{m.family}.{m.name}": m.value for m in wanted.metrics()
+    }
+    assert card.cost == {}
+
+
+def test_values_of_options_are_numbers_lists_or_words() -> None:
+    given = ["robustness.eps=0.03", "robustness.norm=l2", "robustness_curve.radii=[0.01, 0.02]"]
+    wanted = {"robustness": {"eps": 0.03, "norm": "l2"}, "robustness_curve": {"radii": [0.01, 0.02]}}
+    assert cli._options(given) == wanted
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -99,6 +132,10 @@ def test_audits_become_reports_and_reports_a_comparison(here: Path, capsys: pyte
         (["--margin", "fidelity.accuracy=small"], "a margin is written as"),
         (["--twin", "nowhere:net"], "cannot be imported"),
         (["--twin", "net.ckpt"], "--model pkg:LitNet"),
+        (["--weight", "fidelity"], "a weight is written as"),
+        (["--reference", "audited_nets:dense"], "a reference is written as"),
+        (["--option", "eps=0.1"], "an option is written as"),
+        (["--option", "robustnes.eps=0.1"], "robustnes"),
     ],
 )
 def test_wrong_arguments_end_with_one_line(
