@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_compress import manifest
 from lightning_compress.audits.audit import default_audits, run_audits, scorecard_of
-from lightning_compress.audits.context import AuditContext, Budget
+from lightning_compress.audits.context import Audit, AuditContext, Budget
+from lightning_compress.audits.gates import shares_of
 from lightning_compress.audits.handles import InputSpace
-from lightning_compress.audits.preparing import Request, prepare
+from lightning_compress.audits.preparing import Request
 from lightning_compress.audits.producing import Production
 from lightning_compress.audits.scorecard import Scorecard
 from lightning_compress.audits.spending import cost_of
 from lightning_compress.audits.tasks import TaskName
-from lightning_compress.callbacks import teaching
+from lightning_compress.callbacks import audit_inputs, teaching
 from lightning_compress.callbacks.base import AUDIT, CompressionCallback
 from lightning_compress.callbacks.coordinator import Coordinator
 from lightning_compress.callbacks.tracking import Tracker
 from lightning_compress.callbacks.whole import WholeCopy
-from lightning_compress.distillation.teachers import find_student_module, resolve_teacher_module
+from lightning_compress.distillation.teachers import find_student_module
 from lightning_compress.errors import CompressionError
 from lightning_compress.writing import require
 
@@ -43,6 +41,9 @@ class CompressionAudit(CompressionCallback):
     Trainer's loggers as ``audit/<family>/<metric>`` with ``_lo``, ``_hi`` and ``_delta``; W&B also gets the page and
     the files of the scorecard. What is audited is the model at that moment: where an averaging callback ships other
     weights, audit the saved file with ``lightning-compress audit``.
+
+    An audit that cannot be done is listed as SKIPPED. Any other exception ends the fit, and leaves the model as it was
+    before the audit. A report that cannot be written, because the disk is full, is a warning: the fit ends well.
 
     Args:
         reference: The dense model: a checkpoint path, a module, ``"package.module:function"``, or ``"initial"`` for the
@@ -61,6 +62,15 @@ class CompressionAudit(CompressionCallback):
         tier: Of the full audit: 0, 1 or 2.
         validation_tier: Of the cheap audit; 1 also attacks and explains, on few `examples`.
         options: Audit name -> arguments that it is given, as for `lightning_compress.audit`.
+        audits: Which, instead of those of a tier: all at the end, at validations those up to `validation_tier`.
+        references: More models, as for `lightning_compress.audit`, each given like `reference`. Explanations can only
+            FAIL against ``"tuned"``, the dense model trained on without compression, or ``"dense"`` of other seeds.
+        members: Training examples without augmentation, for privacy; given like `data`. At least 100 are needed, so
+            `examples` too.
+        nonmembers: Examples that were not trained on; default: those that are audited.
+        ood: Inputs of another distribution.
+        calibration: What calibrated the model; audited examples must not be among it.
+        weights: Axis -> weight in the index.
         seconds: Time for the audits of the end; what is cut short says so.
         margins: ``"family.metric"`` -> how much worse is acceptable.
         energy: Measure the joules of this fit, and of running both models, by codecarbon without a network; False:
@@ -72,7 +82,7 @@ class CompressionAudit(CompressionCallback):
 
     Raises:
         ValueError: If a number or the ending of a report is none that is possible.
-        TypeError: If `reference` is no model.
+        TypeError: If `reference`, or one of `references`, is no model, or one of `audits` no audit.
 
     Example:
         >>> import lightning as L
@@ -104,6 +114,13 @@ class CompressionAudit(CompressionCallback):
         tier: int = 1,
         validation_tier: int = 0,
         options: Mapping[str, Any] | None = None,
+        audits: Sequence[Audit] | None = None,
+        references: Mapping[str, Sequence[nn.Module | Callable[[], nn.Module] | os.PathLike[str] | str]] | None = None,
+        members: Any = None,
+        nonmembers: Any = None,
+        ood: Any = None,
+        calibration: Any = None,
+        weights: Mapping[str, float] | None = None,
         seconds: float | None = None,
         margins: Mapping[str, float] | None = None,
         energy: bool = False,
@@ -121,6 +138,11 @@ class CompressionAudit(CompressionCallback):
         if validation_tier not in (0, 1, 2):
             raise ValueError(f"validation_tier is 0, 1 or 2; got {validation_tier!r}")
         self.validation_tier, self.options = validation_tier, dict(options or {})
+        self.audits = audit_inputs.checked_audits(audits, self.options, validation_tier if every else 2)
+        self.references = audit_inputs.checked_references(references)
+        self.further = {"members": members, "nonmembers": nonmembers, "ood": ood, "calibration": calibration}
+        if weights is not None:
+            shares_of(weights)  # its own check, now and not after hours
         if space is not None and len(space) != 2:
             raise ValueError(f"space is the lowest and the highest value of raw inputs; got {list(space)}")
         if space is None and (mean is not None or std is not None):
@@ -134,7 +156,7 @@ class CompressionAudit(CompressionCallback):
         self.space = None if space is None else InputSpace(float(space[0]), float(space[1]), mean, std)
         self.normalized, self.every, self.examples, self.final = normalized, every, examples, final
         self.final_examples, self.tier, self.seconds = final_examples, tier, seconds
-        self.margins, self.energy = dict(margins or {}), energy
+        self.margins, self.energy, self.weights = dict(margins or {}), energy, weights
         super().__init__(name)
 
     # ---------------------------------------------------------------------------------------------------------- life
@@ -144,6 +166,7 @@ class CompressionAudit(CompressionCallback):
         self.card: Scorecard | None = None
         self.history: list[dict[str, float]] = []
         self._root: nn.Module | None = None
+        self._references: dict[str, list[nn.Module]] = {}
         self._contexts: dict[int, AuditContext] = {}
         self._caveats: dict[int, list[str]] = {}
         self._validations = 0
@@ -163,30 +186,34 @@ class CompressionAudit(CompressionCallback):
                 f"{self.name}: this fit goes on with an older one, so the model is not what training began with; pass "
                 "the path of the dense checkpoint as reference"
             )
-        if self.needs_unedited_copy() and self.reference != "initial":
-            teaching.check_paths(run, self.name, self.reference)
+        for given in (self.reference, *self._further_references()):
+            if given != "initial":
+                teaching.check_paths(run, self.name, given)
 
     def needs_unedited_copy(self) -> bool:
         """Paths, ``"initial"`` and the whole of a sharded model are filled into copies of what the user built."""
-        return self._sharded or self.reference == "initial" or teaching.is_path(self.reference)
+        paths = any(map(teaching.is_path, (self.reference, *self._further_references())))
+        return self._sharded or self.reference == "initial" or paths
 
     def attach(self, run: Coordinator) -> None:
-        """Build the reference; it is held by this callback, and so gets into no checkpoint and no optimizer."""
+        """Build the references; they are held by this callback, and so get into no checkpoint and no optimizer."""
         name, _ = find_student_module(run.pl_module, self.student)
-        root = teaching.build(run, self.name, self.reference, name)
         if self._sharded:
             self._whole = WholeCopy(run, self.name)
-        elif self.reference == "initial":  # copies of a sharded model have its weights from before it was sharded
-            _take_weights(root, run.pl_module)
-        mine = {id(parameter) for parameter in run.pl_module.parameters()}
-        if any(id(parameter) in mine for parameter in root.parameters()):
-            raise CompressionError(f"{self.name}: the reference is the model itself; pass a copy (copy.deepcopy)")
-        self._root = resolve_teacher_module(root, name, run.pl_module)
+        self._root = audit_inputs.reference_of(run, self.name, self.reference, name)
+        self._references = {
+            group: [audit_inputs.reference_of(run, self.name, given, name) for given in several]
+            for group, several in self.references.items()
+        }
+
+    def _further_references(self) -> list[Any]:
+        return [given for several in self.references.values() for given in several]
 
     def start(self, run: Coordinator) -> None:
-        """Place the reference beside the model."""
+        """Place the references beside the model."""
         assert self._root is not None
-        self._root.to(run.adapter.device)
+        for model in (self._root, *(model for several in self._references.values() for model in several)):
+            model.to(run.adapter.device)
         self._made, self._first_step = Production(self.energy and run.trainer.is_global_zero), run.trainer.global_step
         self._made.start()
         if self.data is None and not run.trainer.enable_validation:
@@ -212,16 +239,19 @@ class CompressionAudit(CompressionCallback):
         """The full audit. Here the model is still on its device; in ``on_fit_end`` it is not."""
         if not self.final:
             return
-        card = self._audit(run.trainer, run.pl_module, self.tier, self.final_examples, self.seconds, cost=True)
+        tier = self.tier if self.audits is None else 2
+        card = self._audit(run.trainer, run.pl_module, tier, self.final_examples, self.seconds, cost=True)
         self.card = card
-        Tracker(run.trainer).log_scorecard(card, self.name)
-        if run.trainer.is_global_zero:
-            for path in self.reports:
+        for path in self.reports if run.trainer.is_global_zero else ():
+            with audit_inputs.full_disk_is_a_warning(self.name, f"to {path!r}"):
                 card.save(path)
+        with audit_inputs.full_disk_is_a_warning(self.name, "for the loggers"):
+            Tracker(run.trainer).log_scorecard(card, self.name)
 
     def close(self, run: Coordinator) -> None:
-        """Let the reference go."""
+        """Let the references go."""
         self._root = self._whole = None
+        self._references = {}
         self._contexts, self._caveats = {}, {}
         if self._made is not None:
             self._made.stop()
@@ -238,21 +268,26 @@ class CompressionAudit(CompressionCallback):
     ) -> Scorecard:
         model = self._model(trainer, pl_module)
         if examples not in self._contexts:
-            self._caveats[examples] = []
             request = self._request(trainer, model, examples)
-            self._contexts[examples] = _shared(prepare(request, self._caveats[examples]), trainer)
+            self._contexts[examples], self._caveats[examples] = audit_inputs.prepared(request, trainer)
         kept = self._contexts[examples]
         handle = replace(kept.compressed, deployed=model)
-        context = replace(kept, compressed=handle, budget=Budget(seconds, examples), _cache=dict(kept._cache))
+        chosen = [one for one in (default_audits(tier) if self.audits is None else self.audits) if one.tier <= tier]
+        names = {one.name for one in chosen}
+        context = replace(
+            kept, compressed=handle, budget=Budget(seconds, examples), _cache=dict(kept._cache),
+            options={name: given for name, given in self.options.items() if name in names},
+        )  # fmt: skip
         caveats = list(self._caveats[examples])
-        context, results = run_audits(context, default_audits(tier), caveats)
+        context, results = run_audits(context, chosen, caveats)
         if not context.budget.truncated:  # the reference answers once; what it said is kept for the next audit
             kept._cache = {key: value for key, value in context._cache.items() if key == id(kept.dense)}
         spent: dict[str, Any] = {}
         if cost and trainer.is_global_zero:
             spent = cost_of(context.dense, context.compressed, context.inputs, energy=self.energy or None)
             spent["production"] = self._produced(trainer)
-        return scorecard_of(context, results, spent, caveats, None, self._identity(context, trainer, pl_module))
+        identity = self._identity(context, trainer, pl_module)
+        return scorecard_of(context, results, spent, caveats, self.weights, identity)
 
     def _model(self, trainer: Trainer, pl_module: LightningModule) -> nn.Module:
         """The part that is audited; under a sharded strategy that of a whole copy."""
@@ -275,15 +310,16 @@ class CompressionAudit(CompressionCallback):
         return self._made.to_dict()
 
     def _request(self, trainer: Trainer, model: nn.Module, examples: int) -> Request:
-        data = _named(self.data) if isinstance(self.data, str) else self.data
+        data = audit_inputs.named(self.data, self.seed)
         if data is None:
             data = trainer.val_dataloaders
             while isinstance(data, Mapping | list | tuple) and data:
                 data = next(iter(data.values() if isinstance(data, Mapping) else data))
+        further = {name: audit_inputs.named(given, self.seed) for name, given in self.further.items()}
         return Request(
             self._root, model, data, task=self.task, space=self.space, normalized=self.normalized, examples=examples,
-            seed=self.seed, margins=self.margins, options=self.options, rank=trainer.global_rank,
-            world=trainer.world_size,
+            seed=self.seed, references=self._references, margins=self.margins, rank=trainer.global_rank,
+            world=trainer.world_size, **further,
         )  # fmt: skip
 
     def _identity(self, context: AuditContext, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
@@ -299,43 +335,3 @@ class CompressionAudit(CompressionCallback):
             "steps_of_compression": {kind: edits.count(kind) for kind in dict.fromkeys(edits)},
             "processes": trainer.world_size,
         }
-
-
-def _shared(context: AuditContext, trainer: Trainer) -> AuditContext:
-    """A context whose examples are dealt out to the processes of a Trainer."""
-    if trainer.world_size == 1:
-        return context
-    own = len(context.ids)
-
-    def gather(values: Tensor) -> Tensor:
-        parts: list[Any] = [None] * trainer.world_size
-        dist.all_gather_object(parts, (values.detach().cpu(), context.ids, len(values) == own))
-        joined = torch.cat([part[0] for part in parts])
-        if all(part[2] for part in parts):  # all examples: in the order that one process has them in
-            joined = joined[torch.cat([part[1] for part in parts]).argsort()]
-        return joined.to(values.device)
-
-    def agree(flag: bool) -> bool:
-        flags: list[Any] = [None] * trainer.world_size
-        dist.all_gather_object(flags, flag)
-        return any(flags)
-
-    return replace(context, gather=gather, agree=agree)
-
-
-def _take_weights(root: nn.Module, source: nn.Module) -> None:
-    """The weights as they are now, unless shapes were changed at setup: then those from before stay."""
-    state = manifest.without_auxiliary(source.state_dict(), root)
-    own = root.state_dict()
-    if {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in own.items()}:
-        root.load_state_dict(state)
-
-
-def _named(source: str) -> Any:
-    """What ``package.module:name`` names, called if it is a class or a function."""
-    module, _, name = source.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise CompressionError(f"data={source!r} is no package.module:name that can be imported: {error}") from error
-    return found() if callable(found) else found

@@ -119,12 +119,7 @@ def index_of(
         >>> index_of([], {}).value is None
         True
     """
-    chosen = dict.fromkeys(KEYS, 1.0) if weights is None else dict(weights)
-    unknown = sorted(set(chosen) - set(KEYS))
-    if unknown or min(chosen.values(), default=0.0) < 0 or sum(chosen.values()) <= 0:
-        raise ValueError(f"weights are at least 0, not all 0, and belong to {sorted(KEYS)}; got {dict(chosen)}")
-    total = sum(chosen.values())
-    shares = {axis: weight / total for axis, weight in chosen.items() if weight > 0}
+    shares = shares_of(dict.fromkeys(KEYS, 1.0) if weights is None else weights)
     index = Index(None, weights=shares, budget=dict(budget))
     ratios: dict[str, tuple[float, float]] = {}
     for axis in shares:
@@ -141,6 +136,19 @@ def index_of(
     if not index.undefined:
         index.value, index.lo, index.hi = _mean(ratios, shares, seed)
     return index
+
+
+def shares_of(weights: Mapping[str, float]) -> dict[str, float]:
+    """Weights above 0 as shares of 1.
+
+    Raises:
+        ValueError: If one is of no axis or below 0, or all are 0.
+    """
+    unknown = sorted(set(weights) - set(KEYS))
+    if unknown or min(weights.values(), default=0.0) < 0 or sum(weights.values()) <= 0:
+        raise ValueError(f"weights are at least 0, not all 0, and belong to {sorted(KEYS)}; got {dict(weights)}")
+    total = sum(weights.values())
+    return {axis: weight / total for axis, weight in weights.items() if weight > 0}
 
 
 def _representative(axis: str, results: Sequence[AuditResult]) -> tuple[Metric | None, str]:
