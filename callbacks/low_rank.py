@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from lightning_utilities.core.rank_zero import rank_zero_info
 
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from lightning_compress.callbacks.coordinator import Coordinator
     from lightning_compress.decisions import Decision
 
-Rule = Literal["energy", "ratio", "stable", "evbmf"]
+Rule = Literal["energy", "ratio", "stable", "evbmf", "full"]
+_RULES = get_args(Rule)
 COLD = 0.1  # the factor of the learning rate with which re-warming starts
 _AT, _AUTO = Schedule(begin="30%"), Schedule(begin="5%", end="50%", every="1 epoch")
 
@@ -46,7 +47,8 @@ class LowRank(CompressionCallback):
     Args:
         rank: How ranks are chosen: ``"energy"`` (share `energy` of the squared singular values), ``"ratio"`` (share
             `ratio` of each layer's parameters), ``"stable"`` (stable rank, scaled as in Cuttlefish), ``"evbmf"`` (what
-            variational Bayes takes for more than noise), or one number for all layers.
+            variational Bayes takes for more than noise), ``"full"`` (all independent directions: an exact
+            decomposition of layers that have fewer than they could), or one number for all layers.
         energy: Share of the squared singular values to keep, in (0, 1].
         ratio: Share of each layer's parameters that its factors may have, in (0, 1).
         keep_macs: Instead of `rank`, one budget for all layers: share of the model's multiply-accumulates.
@@ -341,8 +343,8 @@ def _settings(
     """Everything about ranks, checked."""
     if isinstance(rank, bool) or not isinstance(rank, (int, str)) or (isinstance(rank, int) and rank < 1):
         raise ValueError(f"rank is a whole number, at least 1, or the name of a rule; got {rank!r}")
-    if isinstance(rank, str) and rank not in ("energy", "ratio", "stable", "evbmf"):
-        raise ValueError(f"rank is one of ('energy', 'ratio', 'stable', 'evbmf') or a whole number; got {rank!r}")
+    if isinstance(rank, str) and rank not in _RULES:
+        raise ValueError(f"rank is one of {_RULES} or a whole number; got {rank!r}")
     shares = {"energy": energy, "ratio": ratio, "min_gain": min_gain}
     shares |= {("latency" if k == "latency" else f"keep_{k}"): v for k, v in budgets.items() if v is not None}
     for argument, value in shares.items():

@@ -123,26 +123,6 @@ def numerical_rank(values: Tensor, shape: torch.Size | tuple[int, ...]) -> int:
     return max(1, int((values > floor).sum(-1).max()))
 
 
-def full_rank_factors(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """The full-rank decomposition M = W H: as few columns in W as M has independent ones.
-
-    Args:
-        matrix: Shape (m, n).
-
-    Returns:
-        W (m, r) and H (r, n), r the numerical rank; equal to the matrix up to rounding.
-
-    Example:
-        >>> w, h = full_rank_factors(torch.ones(3, 5))
-        >>> tuple(w.shape), tuple(h.shape), torch.allclose(w @ h, torch.ones(3, 5), atol=1e-6)
-        ((3, 1), (1, 5), True)
-    """
-    u, s, vh = svd(matrix)
-    rank = numerical_rank(s, matrix.shape)
-    root = s[:rank].sqrt()
-    return u[:, :rank] * root, root[:, None] * vh[:rank]
-
-
 def best_factors(matrix: Tensor, rank: int, covariance: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Factors B A of a rank that are nearest to a matrix, balanced (B^T B = A A^T without whitening).
 

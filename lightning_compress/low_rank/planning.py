@@ -18,7 +18,7 @@ from lightning_compress.low_rank.units import Unit
 from lightning_compress.probe import ExampleCall
 from lightning_compress.targets import get_submodule_clean
 
-Rule = Literal["energy", "ratio", "stable", "evbmf", "fixed"]
+Rule = Literal["energy", "ratio", "stable", "evbmf", "full", "fixed"]
 What = Literal["macs", "parameters", "latency"]
 
 
@@ -213,7 +213,7 @@ def _by_rule(unit: Unit, settings: Settings, context: Context) -> Ranks:
     weight = context.weight_of(unit).cpu()
     if settings.rule == "stable":
         return ranks.stable_ranks(unit, weight, context.scales.get(unit.name))
-    return ranks.evbmf_ranks(unit, weight)
+    return (ranks.evbmf_ranks if settings.rule == "evbmf" else ranks.independent_ranks)(unit, weight)
 
 
 # -------------------------------------------------------------------------------------------------------------- budget

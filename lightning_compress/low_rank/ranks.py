@@ -92,6 +92,17 @@ def stable_scale(unit: Unit, weight: Tensor) -> list[float]:
     return [f / max(matrices.stable_rank(m), 1e-9) for f, m in zip(unit.full, unfolded, strict=True)]
 
 
+def independent_ranks(unit: Unit, weight: Tensor) -> Ranks:
+    """All directions that are independent: the full-rank decomposition A = W H, equal to the weight up to rounding.
+
+    Args:
+        unit: The weight.
+        weight: Its value now, whose single precision decides what is rounding noise.
+    """
+    unfolded = unit.algebra.unfoldings(weight, unit.groups)
+    return tuple(matrices.numerical_rank(matrices.singular_values(m).float(), m.shape) for m in unfolded)
+
+
 def evbmf_ranks(unit: Unit, weight: Tensor) -> Ranks:
     """Directions that are more than noise, by variational Bayes; at least one. See `evbmf`."""
     unfolded = unit.algebra.unfoldings(weight, unit.groups)

@@ -248,6 +248,29 @@ def test_a_slower_layer_is_refused_by_the_probe_and_recorded(monkeypatch: pytest
     assert isinstance(run([LowRank("ratio", schedule=AT, probe_latency=True)])[1].net[3], ChannelConv)
 
 
+def test_a_layer_that_would_be_slower_on_this_machine_is_refused() -> None:
+    """Nothing is faked: factors keep an LSTM from its fused kernel, and take several times as long."""
+    module = Classifier(Sequence("LSTM"))
+    _, module, events = run([LowRank("ratio", ratio=0.5, schedule=AT, probe_latency=True, multiple_of=4)], module)
+    assert type(module.net.body) is nn.LSTM
+    assert not manifest.edits_of(module)
+    assert any("kept net.body dense: its factors" in note for note in events.records[0].notes)
+    _, unprobed, _ = run([LowRank("ratio", ratio=0.5, schedule=AT, multiple_of=4)], Classifier(Sequence("LSTM")))
+    assert type(unprobed.net.body) is not nn.LSTM
+
+
+def test_the_full_rank_decomposition_changes_only_what_has_fewer_directions_than_it_could() -> None:
+    module = TinyNet()
+    with torch.no_grad():
+        weight = module.net[3].weight
+        weight.copy_((torch.randn(16, 5) @ torch.randn(5, 144)).view_as(weight) / 30)
+    before = copy.deepcopy(module)
+    _, module, events = run([LowRank("full", schedule="setup", multiple_of=1)], module, limit_train_batches=0)
+    assert [(row["name"], row["after"]) for row in events.records[0].layers] == [("net.3", 5)]
+    x = torch.randn(4, 1, 8, 8)
+    assert torch.allclose(module.eval()(x), before.eval()(x), atol=1e-5)
+
+
 def test_a_latency_budget_is_measured_once_and_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     points = [[1e4, 1.0], [1e6, 4.0]]
     table = {"model": 10.0, "layers": {"net.3": {"dense": 8.0, "points": points}}}

@@ -17,8 +17,9 @@ from lightning_compress.low_rank.compaction import apply_recorded
 from lightning_compress.low_rank.decompositions import cp_als, cp_merge
 from lightning_compress.low_rank.factorization import METHODS
 from lightning_compress.low_rank.modules import Factored
+from lightning_compress.low_rank.ranks import independent_ranks
 from lightning_compress.low_rank.replacement import factored_layer, given, replace_edit
-from lightning_compress.low_rank.units import find_units, weight_of
+from lightning_compress.low_rank.units import Unit, find_units, weight_of
 
 CONVOLUTIONS = ("channel", "spatial", "tucker")
 
@@ -118,7 +119,7 @@ def full_rank_model(model: nn.Module, method: Any, exclude: Any = ()) -> int:
     return len(units)
 
 
-# The two largest layers of VGG-16 would take minutes; benchmarks/low_rank.py has whole models.
+# Whole models, with every method that takes less than a minute, are in `benchmarks/full_rank.py`.
 ZOO = [
     ("resnet18", "spatial", (), 21), ("vgg16_bn", "channel", ("classifier",), 13), ("mobilenet_v2", "tucker", (), 36),
     ("vit_b_16", "channel", tuple(f"*encoder_layer_{i}.*" for i in range(2, 12)), 14),
@@ -179,9 +180,12 @@ def test_cp_finds_planted_terms() -> None:
 def test_the_full_rank_decomposition_has_as_many_columns_as_are_independent() -> None:
     torch.manual_seed(0)
     matrix = torch.randn(9, 4, dtype=torch.float64) @ torch.randn(4, 15, dtype=torch.float64)
-    w, h = matrices.full_rank_factors(matrix)
-    assert w.shape == (9, 4)
-    assert distance(w @ h, matrix) < 1e-12
+    unit = Unit("fc", "weight", "svd", (9, 15))
+    (rank,) = independent_ranks(unit, matrix.float())
+    assert rank == 4
+    h, w = unit.algebra.factorize(matrix, (rank,), 1)
+    assert distance(w[0] @ h[0], matrix) < 1e-12
+    assert independent_ranks(unit, matrix + 1e-3 * torch.randn(9, 15, dtype=torch.float64)) == (9,)
 
 
 def test_factors_are_balanced_and_signs_fixed() -> None:
