@@ -90,6 +90,7 @@ def audit(
     prepare_batch: Prepare | None = None,
     select: Callable[[Any], Tensor] | None = None,
     batch_size: int = 256,
+    privacy_examples: int | None = 20_000,
     cache: PathLike | None = None,
     cost: bool = True,
     energy: bool | None = None,
@@ -119,7 +120,7 @@ def audit(
         seconds: Time for all audits; what is cut short says so. None: no limit.
         seed: Of everything random.
         members: Training examples without augmentation, for privacy audits.
-        nonmembers: Examples that were not trained on; default: those of `data`.
+        nonmembers: Examples that were not trained on; default: those of `data`, also the ones beyond `examples`.
         ood: Inputs of another distribution.
         calibration: What the compressed model was calibrated with; audited examples must not be among it.
         references: More models: `"dense"` and `"compressed"` trained with other seeds, `"tuned"` the dense model
@@ -130,6 +131,8 @@ def audit(
         prepare_batch: Takes a batch, returns (inputs, targets).
         select: Takes what a model returns, gives the logits.
         batch_size: Examples a call.
+        privacy_examples: How many members, and how many non-members, at most, and as many as fit into 2 GiB; None: all.
+            Attacks on membership only ask the models, and few false alarms cannot be told from few examples.
         cache: A folder: what the dense model does is kept there, and not computed again for the next compressed model.
             Used only for the same weights, code, examples, arguments and versions.
         cost: Whether bytes, multiply-accumulates, latency and memory are measured.
@@ -140,7 +143,7 @@ def audit(
         progress: Whether a progress bar is shown; None: on a terminal.
 
     Raises:
-        CompressionError: Data and models do not belong together, or inputs lie outside of `space`.
+        CompressionError: Data and models do not belong together, or inputs of any argument lie outside of `space`.
 
     Example:
         >>> import torch
@@ -154,6 +157,7 @@ def audit(
     request = Request(
         dense, compressed, data, task, space, normalized, twin, examples, seconds, seed, members, nonmembers, ood,
         calibration, references or {}, margins or {}, options or {}, prepare_batch, select, batch_size,
+        privacy_examples=privacy_examples,
     )  # fmt: skip
     if energy:  # before minutes of work, not after
         require("codecarbon", extra="energy")

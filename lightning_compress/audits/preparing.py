@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from lightning_compress.audits.context import MARGINS, AuditContext, Budget
 from lightning_compress.audits.data import Examples, Prepare, collect
@@ -18,6 +20,7 @@ from lightning_compress.errors import CompressionError
 from lightning_compress.nested import tensors_in
 
 Space = InputSpace | tuple[Any, Any] | None
+_NUMBERS_HELD = 1 << 29  # of members, and of non-members: 2 GiB of float32, 3,566 images of 3 x 224 x 224
 
 
 @dataclass(eq=False)
@@ -46,6 +49,7 @@ class Request:
     batch_size: int = 256
     rank: int = 0
     world: int = 1
+    privacy_examples: int | None = 20_000
 
 
 def prepare(request: Request, caveats: list[str]) -> AuditContext:
@@ -77,14 +81,19 @@ def prepare(request: Request, caveats: list[str]) -> AuditContext:
         task = resolve(request.task, logits, take(targets, slice(0, 2)))
         _check_models(handles, few, logits)
         task.check(logits, take(targets, slice(0, 2)))
-        _check_labels(task, logits, targets)
+        _check_labels(task, logits, targets, "data=")
         if isinstance(task, Regression):
             task = task.calibrated(handles["dense"].predict(found.inputs), targets)
-    extra = {name: _further(getattr(request, name), split, request, space) for name in ("members", "nonmembers")}
+    extra = _populations(request, split, space, found, caveats)
+    for name, examples in extra.items():
+        if two:
+            extra[name] = replace(examples, targets=examples.targets.reshape(-1).to(torch.long))
+        _check_labels(task, logits, extra[name].targets, f"{name}=")
     _check_overlaps(request, split, space, found, extra, caveats)
+    ood = None if request.ood is None else _unlabelled("ood", request, split, space, found, request.examples)
     return AuditContext(
         handles["dense"], handles["compressed"], task, found.inputs, targets, found.ids, request.seed, budget,
-        references=others, members=extra["members"], nonmembers=extra["nonmembers"], ood=_ood(request, split, space),
+        references=others, members=extra.get("members"), nonmembers=extra.get("nonmembers"), ood=ood,
         margins={**MARGINS, **request.margins}, options=request.options,
     )  # fmt: skip
 
@@ -99,6 +108,7 @@ def _spaced(request: Request, found: Examples, caveats: list[str]) -> tuple[Inpu
     """The input space, and the examples as raw inputs inside of it."""
     x = found.inputs
     if not isinstance(x, Tensor) or not x.is_floating_point():
+        found = replace(found, inputs=_raw(x, request, None, x, "the data"))
         return (request.space if isinstance(request.space, InputSpace) else None), found
     space = InputSpace(*request.space) if isinstance(request.space, tuple) else request.space
     if space is None:
@@ -108,13 +118,32 @@ def _spaced(request: Request, found: Examples, caveats: list[str]) -> tuple[Inpu
             "No range of inputs was declared (`space=`): the observed one is used, so a forgotten normalisation cannot "
             "be found, and radii of attacks are in units of the data as the model gets it."
         )
+        found = replace(found, inputs=_raw(x, request, None, x, "the data"))
         return InputSpace.observed(x), found
-    if request.normalized:
-        if space.mean is None and space.std is None:
-            raise ValueError("normalized=True needs mean and std in the InputSpace, to undo the normalisation")
-        x = space.denormalize(x)
-    space.check(x)
-    return space, replace(found, inputs=space.clip(x))
+    if request.normalized and space.mean is None and space.std is None:
+        raise ValueError("normalized=True needs mean and std in the InputSpace, to undo the normalisation")
+    return space, replace(found, inputs=_raw(x, request, space, x, "the data"))
+
+
+def _raw(inputs: Any, request: Request, space: InputSpace | None, like: Any, what: str) -> Any:
+    """Inputs as the models get them, raw and inside of the declared range.
+
+    Raises:
+        CompressionError: They are of another kind than the audited ones, not finite, or outside of the range.
+    """
+    kinds = [next(tensors_in(x)).dtype for x in (inputs, like)]
+    if kinds[0].is_floating_point != kinds[1].is_floating_point:
+        raise CompressionError(
+            f"inputs of {what} are {kinds[0]} and those of data= {kinds[1]}; give both as models get them"
+        )
+    # The range that was only observed says nothing about other examples: nothing is cut off there.
+    if space is None or request.space is None or not isinstance(inputs, Tensor) or not inputs.is_floating_point():
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors_in(inputs)):
+            raise CompressionError(f"{what} holds values that are not finite; remove those examples before the audit")
+        return inputs
+    x = space.denormalize(inputs) if request.normalized else inputs
+    space.check(x, what)
+    return space.clip(x)
 
 
 def _handle(model: Any, request: Request, space: InputSpace | None) -> ModelHandle:
@@ -159,38 +188,67 @@ def _check_models(handles: Mapping[str, ModelHandle], few: Any, logits: Tensor) 
             raise CompressionError(f"the {name} model answers with values that are not finite; nothing can be audited")
 
 
-def _check_labels(task: Task, logits: Tensor, targets: Tensor) -> None:
+def _check_labels(task: Task, logits: Tensor, targets: Tensor, what: str) -> None:
     """All labels, with answers stretched to as many examples without computing them."""
-    task.check(logits[:1].expand(len(targets), *logits.shape[1:]), targets)
+    try:
+        task.check(logits[:1].expand(len(targets), *logits.shape[1:]), targets)
+    except CompressionError as error:
+        raise CompressionError(f"{what}: {error}") from error
 
 
-def _further(data: Any, split: Prepare, request: Request, space: InputSpace | None) -> Examples | None:
-    if data is None:
-        return None
-    found = collect(data, split, request.examples, request.seed)
-    if space is None or not isinstance(found.inputs, Tensor):
-        return found
-    x = space.denormalize(found.inputs) if request.normalized else found.inputs
-    return replace(found, inputs=space.clip(x))
+def _populations(
+    request: Request, split: Prepare, space: InputSpace | None, found: Examples, caveats: list[str]
+) -> dict[str, Examples]:
+    """Members and non-members: more than the audited examples, because few false alarms are told from many only.
+
+    Non-members that were not given are taken from the audited data, as many as members may be.
+    """
+    given = {"members": request.members, "nonmembers": request.nonmembers}
+    audited = "nonmembers" if given["nonmembers"] is None else ""
+    if given["members"] is not None and audited and len(found) != found.total and not _runs_dry(request.data):
+        given["nonmembers"] = request.data
+    most = request.privacy_examples
+    if most is not None:
+        if most < 1:
+            raise ValueError(f"privacy_examples is at least 1, or None for all; got {most}")
+        held = _NUMBERS_HELD * len(found) // max(1, sum(tensor.numel() for tensor in tensors_in(found.inputs)))
+        most = max(1, min(most, held))
+    extra = {}
+    for name, data in given.items():
+        if data is None:
+            continue
+        what = "data=" if name == audited else f"{name}="
+        some = collect(data, split, most, request.seed, request.rank, request.world)
+        extra[name] = replace(some, inputs=_raw(some.inputs, request, space, found.inputs, what))
+        if most != request.privacy_examples and (some.total or 0) > (most or 0):
+            caveats.append(
+                f"{most} of {some.total} examples of {what} are looked at by audits of privacy, as many as fit into 2 "
+                "GiB; `privacy_examples=None` takes all."
+            )
+    return extra
 
 
-def _ood(request: Request, split: Prepare, space: InputSpace | None) -> Any:
-    if request.ood is None:
-        return None
-    if isinstance(request.ood, Tensor):
-        x = request.ood
-    else:
-        x = collect(request.ood, lambda batch: _first(batch, split), request.examples, request.seed).inputs
-    if space is None or not isinstance(x, Tensor):
-        return x
-    return space.clip(space.denormalize(x) if request.normalized else x)
+def _runs_dry(data: Any) -> bool:
+    """Whether the data can be read once only."""
+    return isinstance(data, Iterable) and iter(data) is data
+
+
+def _unlabelled(
+    name: str, request: Request, split: Prepare, space: InputSpace | None, found: Examples, examples: int | None
+) -> Any:
+    """Inputs of examples whose labels, if any, nobody reads: those of another data set are of other classes."""
+    data = _calls(getattr(request, name))
+    inputs = data
+    if not isinstance(data, Tensor):
+        inputs = collect(data, lambda batch: _first(batch, split), examples, request.seed).inputs
+    return _raw(inputs, request, space, found.inputs, f"{name}=")
 
 
 def _first(batch: Any, split: Prepare) -> tuple[Any, Any]:
     """Inputs of another distribution need no targets."""
-    if isinstance(batch, Tensor):
-        return batch, torch.zeros(len(batch))
-    return split(batch)
+    if isinstance(batch, tuple | list) and len(batch) == 1:
+        (batch,) = batch
+    return (batch, torch.zeros(len(batch))) if isinstance(batch, Tensor) else split(batch)
 
 
 def _check_overlaps(
@@ -198,10 +256,10 @@ def _check_overlaps(
     split: Prepare,
     space: InputSpace | None,
     found: Examples,
-    extra: Mapping[str, Examples | None],
+    extra: Mapping[str, Examples],
     caveats: list[str],
 ) -> None:
-    members, others = extra["members"], extra["nonmembers"] or found
+    members, others = extra.get("members"), extra.get("nonmembers", found)
     if members is not None:
         shared = len(prints(members.inputs) & prints(others.inputs))
         if shared:
@@ -210,10 +268,8 @@ def _check_overlaps(
                 "and wrong at once. Pass held-out data as `data=` or `nonmembers=`"
             )
     if request.calibration is not None:
-        used = _further(
-            _calibration(request.calibration), lambda b: _first(b, split), replace(request, examples=None), space
-        )
-        shared = 0 if used is None else len(prints(used.inputs) & prints(found.inputs))
+        used = _unlabelled("calibration", request, split, space, found, None)
+        shared = len(prints(used) & prints(found.inputs))
         if shared:
             caveats.append(
                 f"{shared} of {len(found)} audited examples were used to calibrate the compressed model: what is "
@@ -221,21 +277,19 @@ def _check_overlaps(
             )
 
 
-def _calibration(data: Any) -> Any:
+def _calls(data: Any) -> Any:
     """Calls of a model (`args`) as batches; everything else as it is."""
-    if isinstance(data, Tensor):
-        return [data]
-    if isinstance(data, Iterable) and not isinstance(data, torch.utils.data.DataLoader | torch.utils.data.Dataset):
+    if isinstance(data, Iterable) and not isinstance(data, Tensor | DataLoader | Dataset):
         batches = list(data)
         if batches and all(isinstance(getattr(b, "args", None), tuple) for b in batches):
             return [b.args[0] for b in batches]
-        return batches
+        return data if isinstance(data, tuple) else batches
     return data
 
 
 def prints(inputs: Any) -> set[bytes]:
-    """A fingerprint of each example: the bytes of its first tensor."""
+    """A fingerprint of each example: of the bytes of its first tensor."""
     first = next(tensors_in(inputs)).detach().cpu().contiguous()
     if first.is_floating_point():
         first = (first.float() * 4096).round().to(torch.int32)  # normalising and back costs the last bits
-    return {row.numpy().tobytes() for row in first}
+    return {hashlib.blake2b(row.numpy().tobytes(), digest_size=16).digest() for row in first}

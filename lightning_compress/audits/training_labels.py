@@ -33,6 +33,7 @@ class SuspiciousLabels:
         features: Takes a handle and inputs and gives features (N, D); default: the logits of the compressed model and,
             normalised, the raw inputs: a model that has memorised wrong labels separates them by its own features.
         least: Share of the neighbours that have the label, below which it is suspicious, in [0, 1).
+        examples: At most that many members, chosen by the seed: each is compared with all others.
 
     Example:
         >>> SuspiciousLabels(neighbours=5).tier
@@ -46,10 +47,14 @@ class SuspiciousLabels:
         neighbours: int = 10,
         features: Callable[[ModelHandle, Any], Tensor] | None = None,
         least: float = 0.1,
+        examples: int = 1000,
     ) -> None:
-        if neighbours < 1 or not 0 <= least < 1:
-            raise ValueError(f"expected neighbours >= 1 and least in [0, 1); got {neighbours}, {least}")
-        self.neighbours, self.features, self.least = neighbours, features, least
+        if min(neighbours, examples) < 1 or not 0 <= least < 1:
+            raise ValueError(
+                f"expected neighbours and examples of at least 1 and least in [0, 1); got {neighbours}, {examples} and "
+                f"{least}"
+            )
+        self.neighbours, self.features, self.least, self.examples = neighbours, features, least, examples
 
     def run(self, context: AuditContext) -> AuditResult:
         """Judge the labels of the members.
@@ -61,9 +66,14 @@ class SuspiciousLabels:
         members = context.members
         if members is None or context.task.name != "classification":
             raise CompressionError("labels are judged of `members=`, training examples of a classification task")
+        members = self._chosen(context, members)
         # Neighbours may be examples of any process, so all of them look at all features.
         labels, ids = context.gather(members.targets), context.gather(members.ids)
         features = context.gather(self._features(context, members))
+        if not bool(torch.isfinite(features).all()):
+            raise CompressionError(
+                "features of the members are not finite: the compressed model or `features=` fails there"
+            )
         agreement = label_agreement(features, labels, self.neighbours)
         signature = spectral_signature(features, labels)
         losses = [context.task.loss(h.predict(members.inputs), members.targets) for h in both(context)]
@@ -90,6 +100,12 @@ class SuspiciousLabels:
             "spectral_signature": signature.tolist(), "loss_rise": rise.tolist(),
         }  # fmt: skip
         return result
+
+    def _chosen(self, context: AuditContext, members: Examples) -> Examples:
+        """The same few members, whichever process has them."""
+        ids = context.gather(members.ids).cpu().sort().values
+        order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(context.seed))
+        return members[torch.isin(members.ids.cpu(), ids[order[: self.examples]])]
 
     def _features(self, context: AuditContext, members: Examples) -> Tensor:
         if self.features is not None:

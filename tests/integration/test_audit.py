@@ -323,9 +323,39 @@ def ragged(x: Tensor, y: Tensor, dense: nn.Module, small: nn.Module) -> Any:
     return cheap(dense, small, [(x[:2], y[:2]), (x[2:4, :, :5], y[2:4])], space=(0.0, 1.0))
 
 
+def beside(name: str, change: Callable[[Tensor], Tensor] = lambda x: x, labels: int = 0) -> Callable[..., Any]:
+    """An audit with one more argument, made of the last 200 examples."""
+
+    def case(x: Tensor, y: Tensor, dense: nn.Module, small: nn.Module) -> Any:
+        more = {"members": (x[400:600], y[400:600]), name: (change(x[-200:].clone()), y[-200:] + labels)}
+        return cheap(dense, small, (x[:400], y[:400]), space=(0.0, 1.0), **more)
+
+    return case
+
+
+def normalised(x: Tensor) -> Tensor:
+    return (x - 0.3) / 0.4
+
+
+def broken(x: Tensor) -> Tensor:
+    x[3] = float("nan")
+    return x
+
+
+def in_bytes(x: Tensor) -> Tensor:
+    return (x * 255).byte()
+
+
+FURTHER = ("members", "nonmembers", "ood", "calibration")
+
+
 @pytest.mark.parametrize(
     ("case", "message"),
     [
+        *[(beside(name, normalised), f"{name}= has values in .* outside the declared bounds") for name in FURTHER],
+        *[(beside(name, broken), f"{name}= holds values that are not finite") for name in FURTHER],
+        *[(beside(name, in_bytes), f"inputs of {name}= are torch.uint8") for name in FURTHER],
+        *[(beside(name, labels=9), rf"{name}=: labels lie in \[9, 18\]") for name in FURTHER[:2]],
         (out_of_range, r"labels lie in \[0, 10\] and the models have 10 classes"),
         (other_classes, r"\(2, 10\) and the compressed one \(2, 9\)"),
         (members_inside, "150 examples are both members"),
@@ -338,6 +368,29 @@ def ragged(x: Tensor, y: Tensor, dense: nn.Module, small: nn.Module) -> Any:
 def test_what_cannot_be_audited_is_refused(case: Callable[..., Any], message: str, digits: Any) -> None:
     with pytest.raises(lc.CompressionError, match=message):
         case(*digits)
+
+
+def test_labels_that_nobody_reads_may_be_of_other_classes(digits: Any) -> None:
+    """Of inputs from elsewhere and of calibration data; and one output for two classes has members like its data."""
+    for name in ("ood", "calibration"):
+        card = beside(name, labels=9)(*digits)
+        assert card["privacy.auc"].n == 600
+    assert card["suspicious_labels"].n == 200
+    x, y, *_ = digits
+    one = nn.Sequential(nn.Flatten(), nn.Linear(64, 1))
+    even = (y % 2).float()[:, None]
+    more = {"task": "classification", "members": (x[400:600], even[400:600])}
+    assert cheap(one, copy.deepcopy(one), (x[:400], even[:400]), space=(0.0, 1.0), **more)["privacy.auc"].n == 600
+
+
+def test_nothing_is_cut_off_at_a_range_that_was_only_observed() -> None:
+    x = torch.rand(300, 4)
+    dense = nn.Linear(4, 3)
+    seen: list[float] = []
+    dense.register_forward_pre_hook(lambda module, args: seen.append(float(args[0].max())))
+    y = torch.arange(300) % 3
+    cheap(dense, copy.deepcopy(dense), (x[:150], y[:150]), members=(x[150:] * 9, y[150:]))
+    assert max(seen) == pytest.approx(float(x[150:].max()) * 9)
 
 
 def test_a_model_that_does_not_answer_twice_alike_is_not_trusted(digits: Any) -> None:

@@ -10,6 +10,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
+import lightning_compress as lc
 from lightning_compress.audits.context import AuditContext
 from lightning_compress.audits.data import Examples
 from lightning_compress.audits.guard import audit_context
@@ -133,6 +134,39 @@ def test_rates_that_the_data_cannot_resolve_are_not_reported(models: tuple[nn.Mo
         assert (found[name].value, found[name].verdict) == (None, "SKIPPED")
         assert found[name].threat["resolution_floor"] == 10 / 200
         assert "5.00%" in found[name].note
+
+
+def test_a_rate_of_one_percent_is_told_from_more_examples_than_are_audited() -> None:
+    """Members and non-members have their own cap; where no non-members are given, all of the data are."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.rand(5000, 8, generator=generator), torch.randint(4, (5000,), generator=generator)
+    dense = nn.Linear(8, 4)
+    given = {"dense": dense, "compressed": copy.deepcopy(dense), "members": (x[:2500], y[:2500])}
+    given |= {"space": (0.0, 1.0), "tier": 0, "cost": False, "examples": 100}
+    explicit = lc.audit(data=(x[2500:2700], y[2500:2700]), nonmembers=(x[2500:], y[2500:]), **given)
+    implied = lc.audit(data=(x[2500:], y[2500:]), **given)
+    for card in (explicit, implied):
+        assert card["fidelity.accuracy"].n == 100
+        assert card["tpr_at_1_percent"].n == 2500
+        assert card["tpr_at_1_percent"].verdict == "PASS"  # a copy gives no more away
+        assert card["suspicious_labels"].n == 1000  # compares all with all
+    few = lc.audit(data=(x[2500:], y[2500:]), privacy_examples=1000, **given)
+    assert (few["tpr_at_1_percent"].verdict, few["tpr_at_1_percent"].n) == ("SKIPPED", 1000)
+    with pytest.raises(ValueError, match="privacy_examples"):
+        lc.audit(data=(x[2500:], y[2500:]), privacy_examples=0, **given)
+
+
+def test_no_more_members_are_held_than_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_compress.audits.preparing._NUMBERS_HELD", 8 * 150)
+    x, y = torch.rand(600, 8), torch.arange(600) % 4
+    dense = nn.Linear(8, 4)
+    data, members = (x[:300], y[:300]), (x[300:], y[300:])
+    options = {"space": (0.0, 1.0), "tier": 0, "cost": False}
+    card = lc.audit(dense, copy.deepcopy(dense), data, members=members, **options)
+    assert card["privacy.auc"].n == 150 + 300  # all that were audited anyway
+    assert any(text.startswith("150 of 300 examples of members=") for text in card.caveats)
+    card = lc.audit(dense, copy.deepcopy(dense), data, members=members, privacy_examples=None, **options)
+    assert card["privacy.auc"].n == 600
 
 
 def test_a_model_compared_with_itself_leaks_no_more(models: tuple[nn.Module, nn.Module, nn.Module]) -> None:
