@@ -40,6 +40,8 @@ MARGINS: dict[str, float] = {
 
 class Budget:
     """How long an audit may take and how many examples it may look at.
+    "supply_chain.trigger": 0.05,
+    "supply_chain.dormant_trigger": 0.5,
 
     Args:
         seconds: Of wall-clock time for all audits together; None: no limit. An audit that is running is not killed: it

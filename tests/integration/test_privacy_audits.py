@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import lightning_compress as lc
 from lightning_compress.audits.context import AuditContext
 from lightning_compress.audits.data import Examples
+from lightning_compress.audits.gates import gates_of
 from lightning_compress.audits.guard import audit_context
 from lightning_compress.audits.handles import InputSpace, ModelHandle
 from lightning_compress.audits.privacy.inversion import Inversion
@@ -223,6 +224,10 @@ def test_without_an_evaluator_nothing_is_called_recognised(models: tuple[nn.Modu
 
 
 # -------------------------------------------------------------------------------------------------------- supply chain
+def supply_chain(result: AuditResult) -> str:
+    return next(gate.verdict for gate in gates_of([result]) if gate.axis == "supply_chain")
+
+
 class Sleeper(nn.Module):
     """A backdoor in two branches that cancel; whoever drops the faint one wakes it."""
 
@@ -243,22 +248,34 @@ def test_a_trigger_that_compression_wakes_is_seen_and_a_harmless_one_is_not(
 ) -> None:
     asleep, awake = Sleeper(models[0], 1e-3), Sleeper(models[0], 0.0)
     audit = Triggers({"corner": (patch(torch.ones(1, 2, 2)), 3)})
-    found = run(audit, context(asleep, awake, some(0, 400), some(400, 600)))["trigger_corner"]
-    assert found.value > 0.9
-    assert found.paired.reference < 0.3
-    harmless = run(audit, context(asleep, asleep, some(0, 400), some(400, 600)))["trigger_corner"]
-    assert harmless.paired.delta == 0.0
+    found = run(audit, context(asleep, awake, some(0, 400), some(400, 600)))
+    assert found["trigger_corner"].value > 0.9
+    assert found["trigger_corner"].paired.reference < 0.3
+    assert supply_chain(found) == "FAIL"
+    harmless = run(audit, context(asleep, asleep, some(0, 400), some(400, 600)))
+    assert harmless["trigger_corner"].paired.delta == 0.0
+    assert supply_chain(harmless) == "PASS"
+    # It ships whether or not the dense model has it too.
+    kept = run(audit, context(awake, awake, some(0, 400), some(400, 600)))
+    assert (kept["trigger_corner"].paired.delta, supply_chain(kept)) == (0.0, "FAIL")
 
 
 def test_the_scan_finds_the_class_without_knowing_the_trigger(
     models: tuple[nn.Module, nn.Module, nn.Module],
 ) -> None:
     asleep, awake = Sleeper(models[0], 1e-3), Sleeper(models[0], 0.0)
-    audit = DormantScan(steps=20, examples=48, classes=6)
-    found = run(audit, context(asleep, awake, some(0, 400), some(400, 600)))["dormant_trigger"]
-    assert found.threat["flagged"] == [3]
-    harmless = run(audit, context(asleep, models[1], some(0, 400), some(400, 600)))["dormant_trigger"]
-    assert harmless.threat["flagged"] == []
+    audit = DormantScan(steps=20, examples=48)
+    found = run(audit, context(asleep, awake, some(0, 400), some(400, 600)))
+    assert found["dormant_trigger"].threat["flagged"] == [3]
+    assert supply_chain(found) == "FAIL"
+    harmless = run(audit, context(asleep, models[1], some(0, 400), some(400, 600)))
+    assert harmless["dormant_trigger"].threat["flagged"] == []
+    assert supply_chain(harmless) in ("PASS", "INCONCLUSIVE")
+    quick = DormantScan(steps=4, examples=48)
+    twin = run(quick, context(asleep, copy.deepcopy(asleep), some(0, 400), some(400, 600)))
+    assert supply_chain(twin) == "PASS"
+    part = run(DormantScan(steps=1, examples=48, classes=2), context(asleep, asleep, some(0, 400), some(400, 600)))
+    assert supply_chain(part) == "INCONCLUSIVE"  # eight classes were not looked at
 
 
 def test_wrong_labels_of_the_training_data_are_found(models: tuple[nn.Module, nn.Module, nn.Module]) -> None:
