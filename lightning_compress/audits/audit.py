@@ -197,6 +197,7 @@ def run_audits(
         The context, with fewer examples if the budget ended, and one result an audit.
     """
     audits, context = _configured(audits, context)
+    context = replace(context, tier=max((audit.tier for audit in audits), default=0))
     context.budget.start()
     with audit_context(*context.modules, seed=context.seed):
         step("answers of both models")
@@ -204,7 +205,7 @@ def run_audits(
         if cache is not None:
             context = context.remembering(cache)
         checks = _checks(context, caveats)
-        if max((audit.tier for audit in audits), default=0) > 0:
+        if context.tier > 0:
             context = _with_gradients(context, caveats)
         results = []
         for one in audits:

@@ -117,6 +117,7 @@ class AuditContext:
         ood: Inputs of another distribution.
         margins: `"family.metric"` -> how much worse is acceptable.
         options: Audit name -> what the user passes on to it.
+        tier: The highest of the audits that run: what it may cost.
         gather: Puts the shares of all processes together along dimension 0; in the order of ids where the values are of
             all examples.
         agree: Whether something is so in any process.
@@ -138,6 +139,7 @@ class AuditContext:
     ood: Any = None
     margins: Mapping[str, float] = field(default_factory=lambda: MARGINS)
     options: Mapping[str, Any] = field(default_factory=dict)
+    tier: int = 1
     gather: Callable[[Tensor], Tensor] = _alone
     agree: Callable[[bool], bool] = bool
     progress: Callable[[str, float | None], None] = lambda message, share: None

@@ -42,7 +42,7 @@ class Robustness:
         norm: ``"linf"`` or ``"l2"``.
         steps: Of each gradient attack.
         queries: Of Square.
-        targets: Classes for targeted APGD; 0: none.
+        targets: Classes for targeted APGD, the likeliest wrong ones; 0: none. `None`: 3 in an audit of tier 2, else 0.
         restarts: Random starts.
         sanity: Make the checks that cost attacks of their own.
         thorough: Among them that twice the steps find hardly more, which takes twice as long.
@@ -62,15 +62,15 @@ class Robustness:
         *,
         steps: int = 30,
         queries: int | None = None,
-        targets: int = 0,
+        targets: int | None = None,
         restarts: int = 1,
         sanity: bool = True,
         thorough: bool = False,
         batch_size: int = 64,
     ) -> None:
         self.eps, self.norm, self.sanity, self.thorough = eps, norm, sanity, thorough
-        self.settings = {"steps": steps, "targets": targets, "restarts": restarts, "batch_size": batch_size}
-        self.queries = queries
+        self.settings = {"steps": steps, "restarts": restarts, "batch_size": batch_size}
+        self.queries, self.targets = queries, targets
 
     def run(self, context: AuditContext) -> AuditResult:
         """Attack both models; of token models the embeddings, which is a bound and is called so."""
@@ -81,7 +81,8 @@ class Robustness:
             return EmbeddingRobustness(batch_size=int(self.settings["batch_size"])).run(context)
         x, space = raw_inputs(context)
         seeds = example_seeds(context.ids, context.seed).to(x.device)
-        threat = default_threat(x, space, self.norm, self.eps, **self.settings)
+        targets = self.targets if self.targets is not None else 3 if context.tier > 1 else 0
+        threat = default_threat(x, space, self.norm, self.eps, targets=targets, **self.settings)
         found: dict[str, list[Rungs]] = {name: [] for name in MODELS}
         spread: list[dict[tuple[str, str], Tensor]] = []
         done = 0
@@ -194,7 +195,9 @@ class Robustness:
             per_example[f"{name}_clean"] = context.gather(found[name].clean).tolist()
             per_example[f"{name}_robust"] = context.gather(found[name].outcome).tolist()
         tables = [_ladder_table(context, found), _matrix_table(context, matrix)]
-        result = AuditResult(self.name, 1, {**words, **self.settings}, metrics, per_example, tables)
+        result = AuditResult(
+            self.name, 1, {**words, **self.settings, "targets": threat.targets}, metrics, per_example, tables
+        )
         result.params["forward_passes"] = {name: found[name].rows for name in MODELS}
         result.warnings += self._warnings(context, done)
         return result

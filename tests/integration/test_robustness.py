@@ -13,8 +13,10 @@ from attack_nets import EPS, UNIT, context, dense, digits, examples, handle, int
 from torch import Tensor, nn
 
 from lightning_compress.audits.attacks import Oracle, apgd, apgd_targeted, pgd, robustness_curve, square
+from lightning_compress.audits.attacks.noise import derive
 from lightning_compress.audits.attacks.with_autoattack import autoattack
 from lightning_compress.audits.attacks.with_torchattacks import KNOWN, torchattacks_attack
+from lightning_compress.audits.audit import run_audits
 from lightning_compress.audits.context import AuditContext, Budget
 from lightning_compress.audits.corruption_robustness import CorruptionRobustness
 from lightning_compress.audits.corruptions import SEVERITIES, corrupt, names
@@ -182,6 +184,39 @@ def test_an_integer_model_without_a_twin_is_not_trusted() -> None:
     assert metric.verdict == "UNTRUSTED"
     assert {check.check for check in metric.trust if not check.ok} >= {"gradient", "white_box"}
     assert "square" in metric.threat["attacks"]  # and still it was attacked
+
+
+class Deep:
+    """An audit of tier 2."""
+
+    name, family, tier = "deep", "robustness", 2
+
+    def run(self, given: AuditContext) -> AuditResult:
+        return AuditResult(self.name)
+
+
+def test_targeted_attacks_count_and_run_in_audits_of_tier_two() -> None:
+    given = context(handle("pruned"), 48)
+    few = {**SMALL, "eps": 0.08, "steps": 1, "queries": 1}
+    without, aimed = run(Robustness(**few), given), run(Robustness(**few, targets=3), given)
+    assert "apgd-targeted" not in without["robust_accuracy"].threat["attacks"]
+    assert "apgd-targeted" in aimed["robust_accuracy"].threat["attacks"]
+    x, y, seeds = examples(48)
+    for name in ("dense", "compressed"):
+        model = getattr(given, name)
+        before, after = (torch.tensor(result.per_example[f"{name}_robust"]) for result in (without, aimed))
+        assert bool((after <= before).all())
+        # The oracle: what fell to it alone, towards each class in turn.
+        stood = right(model.predict, x, y) & (before > 0)
+        seeds_of = derive(seeds, "apgd-targeted")
+        points = apgd_targeted(model.differentiable, x, y, eps=0.08, space=UNIT, seeds=seeds_of, steps=1, targets=3)
+        assert bool((after[stood & ~right(model.predict, points, y)] == 0).all())
+    left = {row[1]: row[2] for row in aimed.artifacts[0]["rows"] if row[0] == "dense"}
+    assert left["apgd-targeted"] < left["apgd-dlr"]  # it found what the others had left standing
+    for audits, attacks in (([Robustness(**few)], False), ([Robustness(**few), Deep()], True)):
+        _, results = run_audits(given, audits, [])
+        assert ("apgd-targeted" in results[0]["robust_accuracy"].threat["attacks"]) == attacks
+        assert results[0].params["targets"] == 3 * attacks
 
 
 class Leak(nn.Module):
