@@ -203,7 +203,7 @@ class ModelHandle:
         return torch.cat([self._call(self.deployed, part).detach() for part in parts])
 
     def differentiable(self, x: Any) -> Tensor:
-        """Logits with a gradient to `x`; in one call, whatever `batch_size` is.
+        """Logits with a gradient to `x`, which is taken in one call, whatever `batch_size` is.
 
         Args:
             x: Raw inputs (N, ...).
@@ -221,9 +221,7 @@ class ModelHandle:
             )
         if self.via != "ste":
             return soft
-        with torch.no_grad():
-            hard = self._call(self.deployed, x)
-        return soft + (hard - soft).detach()
+        return soft + (self.predict(x) - soft).detach()
 
     def view(self) -> LogitsView:
         """The handle as a module from raw inputs to logits, for libraries that ask for one."""

@@ -22,6 +22,7 @@ from lightning_compress.audits.data import collect
 from lightning_compress.audits.forgetting import Fidelity
 from lightning_compress.audits.handles import ModelHandle
 from lightning_compress.audits.results import AuditResult
+from lightning_compress.audits.robustness import Robustness
 from lightning_compress.audits.tasks import CausalLM, Classification, Regression, Segmentation, TokenClassification
 from lightning_compress.probe import ExampleCall
 
@@ -401,6 +402,25 @@ def test_a_model_that_does_not_answer_twice_alike_is_not_trusted(digits: Any) ->
     assert card.gate("fidelity").verdict == "UNTRUSTED"
     assert "deterministic" in card.gate("fidelity").reason
     assert any("compressed model is not deterministic" in text for text in card.caveats)
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated")
+def test_integers_whose_ranges_are_those_of_the_batch_are_audited_one_by_one(digits: Any) -> None:
+    """What `torch.ao` makes of a network without calibration: every example's answer depends on its neighbours."""
+    x, y, dense, _ = digits
+    small = torch.ao.quantization.quantize_dynamic(copy.deepcopy(dense), {nn.Linear}, dtype=torch.qint8)
+    audits = [*default_audits(0), Robustness(steps=2, queries=5, sanity=False)]
+    given: dict[str, Any] = {"space": (0.0, 1.0), "audits": audits, "members": (x[-100:], y[-100:])}
+    card, alone = (cheap(dense, small, (x[:100], y[:100]), **given, batch_size=size) for size in (256, 1))
+    measured = ("fidelity", "forgetting", "calibration", "robustness", "privacy")
+    assert {card.gate(axis).verdict for axis in measured} == {"UNTRUSTED"}
+    assert any("batch independent" in text and "`batch_size=1`" in text for text in card.caveats)
+    assert not {alone.gate(axis).verdict for axis in measured} & {"UNTRUSTED", "SKIPPED"}
+    assert alone["robust_accuracy"].threat["via"] == "ste"
+    handle = ModelHandle(small, dense=dense, space=lc.InputSpace(0.0, 1.0), batch_size=1)
+    one_by_one = torch.cat([small(x[i : i + 1]) for i in range(20)])
+    assert torch.equal(handle.differentiable(x[:20]).argmax(1), one_by_one.argmax(1))
+    torch.testing.assert_close(handle.differentiable(x[:20]), one_by_one)  # attacks climb what ships, too
 
 
 class Noise(nn.Module):
