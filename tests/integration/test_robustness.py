@@ -178,6 +178,31 @@ def test_of_an_integer_model_no_more_is_reported_than_the_worst_of_its_attacks()
     assert pairs == {(a, b) for a in ("dense", "compressed", "twin") for b in ("dense", "compressed", "twin")}
 
 
+def test_stock_cw_calls_integers_robust_and_nothing_here_does() -> None:
+    """Its norm term has a gradient, so nothing raises, nothing moves, and the clean accuracy comes out as robust."""
+    torchattacks = pytest.importorskip("torchattacks", reason="pip install --no-deps torchattacks==3.5.1")
+    x, y, seeds = examples(32)
+    model = handle("int8")
+
+    class Ships(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return model.deployed.run(images)
+
+    attack = torchattacks.CW(Ships().eval(), steps=20)
+    attack.set_device("cpu")
+    points = attack(x, y)
+    assert float((points - x).abs().max()) < 1e-6
+    clean, said = (float(right(model.predict, images, y).double().mean()) for images in (x, points))
+    assert said == clean
+    assert (
+        float((torchattacks.CW(dense(), steps=20)(x, y) - x).abs().max()) > 0.01
+    )  # of a model with a gradient it does
+    for given in (Ships().eval(), model.predict):
+        with pytest.raises(CompressionError, match="no gradient"):
+            torchattacks_attack("CW", given, x, y, **COMMON, seeds=seeds)
+    assert run(Robustness(**SMALL), context(model, 32))["robust_accuracy"].value < said - 0.3
+
+
 def test_an_integer_model_without_a_twin_is_not_trusted() -> None:
     result = run(Robustness(**SMALL), context(ModelHandle(int8()[0], space=UNIT), 24))
     metric = result["robust_accuracy"]
