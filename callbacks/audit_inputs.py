@@ -8,10 +8,9 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import torch
 import torch.distributed as dist
 from lightning_utilities.core.rank_zero import rank_zero_warn
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_compress import manifest
 from lightning_compress.audits.audit import default_audits
@@ -136,8 +135,7 @@ def _take_weights(root: nn.Module, source: LightningModule) -> None:
 def prepared(request: Request, trainer: Trainer) -> tuple[AuditContext, list[str]]:
     """The context of an audit whose examples are dealt out to the processes of a Trainer, and what limits it.
 
-    Members and non-members are dealt out like the audited examples. Where something does not belong together in the
-    share of one process, all of them raise.
+    Where something does not belong together in the share of one process, all of them raise.
 
     Raises:
         CompressionError: Data and models do not belong together.
@@ -146,27 +144,17 @@ def prepared(request: Request, trainer: Trainer) -> tuple[AuditContext, list[str
     assert run is not None
     caveats: list[str] = []
     context = run.adapter.in_step(lambda: prepare(request, caveats))
-    world, rank = trainer.world_size, trainer.global_rank
+    world = trainer.world_size
     if world == 1:
         return context, caveats
 
-    def everywhere(value: Any) -> list[Any]:
+    def all_gather(value: Any) -> list[Any]:
         parts: list[Any] = [None] * world
         dist.all_gather_object(parts, value)
         return parts
 
-    def gather(values: Tensor) -> Tensor:
-        """One of each process in turn: examples were dealt out so, and shares come back in the order of all."""
-        parts = everywhere(values.detach().cpu())
-        places = torch.cat([torch.arange(len(part)) * world + i for i, part in enumerate(parts)])
-        return torch.cat(parts)[places.argsort()].to(values.device)
-
-    context = replace(
-        context, gather=gather, agree=lambda flag: any(everywhere(flag)),
-        members=None if context.members is None else context.members[rank::world],
-        nonmembers=None if context.nonmembers is None else context.nonmembers[rank::world],
-    )  # fmt: skip
-    return context, list(dict.fromkeys(text for told in everywhere(caveats) for text in told))
+    context = replace(context, all_gather=all_gather)
+    return context, list(dict.fromkeys(text for told in all_gather(caveats) for text in told))
 
 
 # ---------------------------------------------------------------------------------------------------------- a full disk

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_compress.audits.attacks import Oracle, apgd, example_seeds, pgd, random_noise, square
-from lightning_compress.audits.context import AuditContext
+from lightning_compress.audits.context import AuditContext, alone
 from lightning_compress.audits.corruption_robustness import CorruptionRobustness
 from lightning_compress.audits.guard import audit_context
 from lightning_compress.audits.handles import InputSpace, ModelHandle
@@ -49,19 +49,13 @@ def points(rank: int = 0, world: int = 1, batch_size: int = 64) -> dict[str, Ten
 def audited(rank: int = 0, world: int = 1, batch_size: int = 64) -> dict[str, Any]:
     x, y, ids = share(rank, world)
 
-    def gather(values: Tensor) -> Tensor:
-        """In the order of ids: example i is with rank i % world."""
-        if world == 1:
-            return values
-        shares: list[Any] = [None] * world
-        dist.all_gather_object(shares, values)
-        whole = values.new_zeros(COUNT, *values.shape[1:])
-        for other, part in enumerate(shares):
-            whole[other::world] = part
-        return whole
+    def all_gather(value: Any) -> list[Any]:
+        parts: list[Any] = [None] * world
+        dist.all_gather_object(parts, value)
+        return parts
 
     handles = [ModelHandle(net(seed).eval(), space=UNIT) for seed in (0, 1)]
-    context = AuditContext(*handles, Classification(), x, y, ids, gather=gather)
+    context = AuditContext(*handles, Classification(), x, y, ids, all_gather=alone if world == 1 else all_gather)
     found = {}
     with audit_context(*context.modules):
         for audit in (

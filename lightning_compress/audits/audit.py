@@ -202,6 +202,7 @@ def run_audits(
     with audit_context(*context.modules, seed=context.seed):
         step("answers of both models")
         context = context.answered()
+        context.budget.truncated = context.agree(context.budget.truncated)
         if cache is not None:
             context = context.remembering(cache)
         checks = _checks(context, caveats)
@@ -235,13 +236,17 @@ def _configured(audits: Sequence[Audit], context: AuditContext) -> tuple[list[Au
 
 
 def _run(one: Audit, context: AuditContext) -> AuditResult:
-    started = time.perf_counter()
-    if context.agree(context.budget.is_spent):  # all processes skip, or none: audits exchange what they found
+    started, whole = time.perf_counter(), not context.budget.truncated
+    if context.is_spent():
         return _skipped(one, f"the budget of {context.budget.seconds:g} s ended before it began")
     try:
-        result = one.run(context)
+        result = context.together(lambda: one.run(context))
     except CompressionError as error:
         return _skipped(one, str(error))
+    if whole and context.agree(context.budget.truncated):  # it was cut short here, or by a slower process
+        context.budget.truncated = True
+        for metric in result.metrics:
+            metric.truncated = True
     result.params.setdefault("family", one.family)
     result.params.setdefault("seconds", round(time.perf_counter() - started, 3))
     return result
@@ -254,11 +259,11 @@ def _skipped(one: Audit, reason: str) -> AuditResult:
 
 def _checks(context: AuditContext, caveats: list[str]) -> list[Check]:
     """What every number rests on: models that answer twice alike, whatever else is in the batch."""
-    few = context.limited(8)
+    few = context.whole(8)
     checks = []
     for which in ("dense", "compressed"):
         handle = getattr(context, which)
-        for check in (determinism(handle, few.inputs), batch_invariance(handle, few.inputs)):
+        for check in context.agreed((determinism(handle, few.inputs), batch_invariance(handle, few.inputs))):
             named = Check(f"{which}_{check.check}", check.ok, check.detail)
             checks.append(named)
             if not check.ok:
@@ -287,7 +292,7 @@ def _with_gradients(context: AuditContext, caveats: list[str]) -> AuditContext:
         handle = handle.through(handle.dense)
         context = replace(context, compressed=handle, _cache={})
     if handle.via == "ste":
-        few = context.limited(64)
+        few = context.whole(64)
         check = twin_fidelity(handle, few.inputs, context.task, few.targets)
         caveats.append(f"Gradients are straight-through, from a twin that {check.detail}.")
     return context

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from lightning_compress.audits.context import AuditContext
 from lightning_compress.audits.curves import auc, auc_difference
 from lightning_compress.audits.results import AuditResult, Metric, Paired
 from lightning_compress.audits.tasks import Task
+from lightning_compress.audits.undivided import undivided
 
 BINS = 15
 _MOST_CELLS = 20_000_000  # probabilities held at once
@@ -106,8 +106,7 @@ class Calibration:
                 own[~fit] = task.loss(logits[~fit] / temperature, y[~fit]).cpu()
                 fitted.append(temperature)
             values.append(own)
-        local = _ungathered(context)
-        metric = local.compare("nll_refit", self.family, *values, unit="nats", higher_is_better=False)
+        metric = undivided(context).compare("nll_refit", self.family, *values, unit="nats", higher_is_better=False)
         metric.note = "after one temperature for each model, fitted on the other half of the examples"
         dense, compressed = (math.sqrt(fitted[2 * i] * fitted[2 * i + 1]) for i in range(2))
         result.metrics += [
@@ -118,11 +117,6 @@ class Calibration:
                 note=f"halves: {fitted[2]:.3g} and {fitted[3]:.3g}; dense model: {dense:.3g}. above 1: too sure",
             ),
         ]  # fmt: skip
-
-
-def _ungathered(context: AuditContext) -> AuditContext:
-    """The context for values that every process holds already."""
-    return replace(context, gather=lambda values: values)
 
 
 class Decisions:

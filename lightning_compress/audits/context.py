@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Protocol
+from itertools import chain
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +17,13 @@ from lightning_compress.audits.data import Examples
 from lightning_compress.audits.handles import ModelHandle, count, take
 from lightning_compress.audits.integrity import GradientTrust, gradient_probe
 from lightning_compress.audits.remembered import Remembered, devices_of, from_text, to_text
-from lightning_compress.audits.results import AuditResult, Metric
+from lightning_compress.audits.results import AuditResult, Check, Metric
 from lightning_compress.audits.tasks import Task
-from lightning_compress.nested import tensors_in
+from lightning_compress.errors import CompressionError
+from lightning_compress.nested import map_tensors, tensors_in
 from lightning_compress.writing import PathLike
+
+T = TypeVar("T")
 
 MARGINS: dict[str, float] = {
     "fidelity.accuracy": 0.01,
@@ -35,13 +40,13 @@ MARGINS: dict[str, float] = {
     "explanation.agreement": 0.2,
     "privacy.auc": 0.02,
     "privacy.tpr_at_1_percent": 0.02,
+    "supply_chain.trigger": 0.05,
+    "supply_chain.dormant_trigger": 0.5,
 }
 
 
 class Budget:
     """How long an audit may take and how many examples it may look at.
-    "supply_chain.trigger": 0.05,
-    "supply_chain.dormant_trigger": 0.5,
 
     Args:
         seconds: Of wall-clock time for all audits together; None: no limit. An audit that is running is not killed: it
@@ -93,8 +98,20 @@ class Budget:
         return True
 
 
-def _alone(values: Tensor) -> Tensor:
-    return values
+def alone(value: Any) -> list[Any]:
+    """What all processes say, where each of them has everything."""
+    return [value]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Sent in place of what the others wait for."""
+
+    reason: str
+
+
+class FailedElsewhere(Exception):
+    """Another process cannot go on. No `CompressionError`: an audit that copes with its own errors goes on alone."""
 
 
 @dataclass(eq=False)
@@ -118,9 +135,8 @@ class AuditContext:
         margins: `"family.metric"` -> how much worse is acceptable.
         options: Audit name -> what the user passes on to it.
         tier: The highest of the audits that run: what it may cost.
-        gather: Puts the shares of all processes together along dimension 0; in the order of ids where the values are of
-            all examples.
-        agree: Whether something is so in any process.
+        all_gather: Takes an object of this process and gives those of all, in the order of ranks; all processes call it
+            equally often. Audits use what is built on it: `gather`, `agree`, `is_spent` and `together`.
         progress: Is told what is being done, and the share done in [0, 1] or None.
         remembered: What the dense model did in earlier audits; None: everything is computed.
     """
@@ -140,8 +156,7 @@ class AuditContext:
     margins: Mapping[str, float] = field(default_factory=lambda: MARGINS)
     options: Mapping[str, Any] = field(default_factory=dict)
     tier: int = 1
-    gather: Callable[[Tensor], Tensor] = _alone
-    agree: Callable[[bool], bool] = bool
+    all_gather: Callable[[Any], list[Any]] = alone
     progress: Callable[[str, float | None], None] = lambda message, share: None
     remembered: Remembered | None = None
     _cache: dict[Any, Any] = field(default_factory=dict, repr=False)
@@ -163,9 +178,74 @@ class AuditContext:
         logits: Tensor = self._cache[id(handle)][1]
         return logits
 
+    # ---------------------------------------------------------------------------------------------------- processes
+    def exchange(self, value: T) -> list[T]:
+        """What every process has, in the order of ranks.
+
+        Raises:
+            FailedElsewhere: Another process has an error instead.
+        """
+        parts = self.all_gather(value)
+        failed = next((part for part in parts if isinstance(part, Failure)), None)
+        if failed is not None and not isinstance(value, Failure):
+            raise FailedElsewhere(failed.reason)
+        return parts
+
+    def gather(self, values: Tensor) -> Tensor:
+        """The values of all processes along dimension 0, in the order in which one process would have them.
+
+        Where there is one for each example that is the order of ids; others were dealt out in turn.
+        """
+        if self.all_gather is alone:
+            return values
+        ids = self.ids.cpu() if len(values) == len(self) else None
+        parts = self.exchange((values.detach().cpu(), ids))
+        places = [part[1] for part in parts if part[1] is not None]
+        if len(places) < len(parts):
+            places = [torch.arange(len(part[0])) * len(parts) + rank for rank, part in enumerate(parts)]
+        return torch.cat([part[0] for part in parts])[torch.cat(places).argsort()].to(values.device)
+
+    def agree(self, flag: bool) -> bool:
+        """Whether something is so in any process."""
+        return any(self.exchange(flag))
+
+    def is_spent(self) -> bool:
+        """Whether the time is over in any process: for decisions that all of them have to take alike."""
+        spent = self.agree(self.budget.is_spent)
+        self.budget.truncated |= spent
+        return spent
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Do something in all processes, or in none: one that cannot tells those that wait for it.
+
+        Raises:
+            CompressionError: It could not be done here, or in another process.
+        """
+        try:
+            found = work()
+            self.exchange(None)  # nobody goes on before all of them are through
+        except FailedElsewhere as error:
+            raise CompressionError(str(error)) from error
+        except CompressionError as error:
+            self.exchange(Failure(str(error)))
+            raise
+        return found
+
+    def agreed(self, checks: Iterable[Check]) -> list[Check]:
+        """The checks of all processes: of those of one name the one that failed, if any did."""
+        found: dict[tuple[str, int], Check] = {}
+        for part in self.exchange(list(checks)):
+            seen: Counter[str] = Counter()  # dense and compressed may have a check of the same name
+            for check in part:
+                key = (check.check, seen[check.check])
+                seen[check.check] += 1
+                if key not in found or (found[key].ok and not check.ok):
+                    found[key] = check
+        return list(found.values())
+
     def answered(self) -> AuditContext:
         """Let both models answer all examples while the budget lasts; the context of those that were answered."""
-        order = self._order()
+        order = sorted(range(len(self)), key=lambda i: self._place(int(self.ids[i])))
         size = max(1, min(self.dense.batch_size, self.compressed.batch_size))
         parts: list[tuple[Tensor, Tensor]] = []
         for start in range(0, len(self), size):
@@ -190,12 +270,12 @@ class AuditContext:
         """Whether gradients of a model mean anything, probed once on a few examples."""
         key = ("gradients", which)
         if key not in self._cache:
-            few = self.limited(24)
+            few = self.whole(24)  # every process has to come to the same decisions
             handle: ModelHandle = getattr(self, which)
 
             def probe() -> dict[str, Tensor]:
                 found = gradient_probe(handle, few.inputs, few.targets, self.task, directions=6, seed=self.seed)
-                return {"trust": to_text(asdict(found))}
+                return {"trust": to_text(asdict(self.exchange(found)[0]))}
 
             kept = few.of_dense("gradients", {"via": handle.via}, probe) if which == "dense" else probe()
             self._cache[key] = GradientTrust(**from_text(kept["trust"]))
@@ -232,25 +312,55 @@ class AuditContext:
     def compare(self, name: str, family: str, dense: Tensor, compressed: Tensor, **fields: Any) -> Metric:
         """`comparing.compare` of one value an example, over all processes, with the margin of this audit."""
         fields.setdefault("margin", self.margin(family, name))
-        fields.setdefault("truncated", self.budget.truncated)
+        fields["truncated"] = self.agree(fields.get("truncated", self.budget.truncated))
+        fields["trust"] = self.agreed(fields.get("trust", ()))
         fields.setdefault("single_seed", not self.references.get("compressed"))
         return compare(name, family, self.gather(dense), self.gather(compressed), seed=self.seed, **fields)
 
+    # ------------------------------------------------------------------------------------------------ fewer examples
     def limited(self, examples: int) -> AuditContext:
-        """The same audit on fewer examples: those whose ids come first in an order that only the seed decides."""
-        if examples >= len(self):
+        """The same audit on fewer examples: those whose ids come first in an order that only the seed decides.
+
+        They are chosen out of those of all processes, and each keeps its own. Where one would be left with none, all of
+        them get all the chosen ones, as from `whole`.
+        """
+        chosen, shares = self._chosen(examples)
+        if len(chosen) == sum(map(len, shares)):
             return self
-        kept = torch.tensor(sorted(self._order()[:examples]))
+        if any(chosen.isdisjoint(share) for share in shares):
+            return self.whole(examples)
+        return self._kept(chosen)
+
+    def whole(self, examples: int) -> AuditContext:
+        """The same few examples in every process, for work that cannot be divided; members and the like are not shared.
+
+        Args:
+            examples: How many at most, of all processes; chosen as by `limited`.
+        """
+        kept = self._kept(self._chosen(examples)[0])
+        if self.all_gather is alone:
+            return kept
+        inputs, targets = (map_tensors(kept.gather, values) for values in (kept.inputs, kept.targets))
+        return replace(kept, inputs=inputs, targets=targets, ids=kept.gather(kept.ids), all_gather=alone, _cache={})
+
+    def _chosen(self, examples: int) -> tuple[set[int], list[list[int]]]:
+        """Ids of the chosen examples, and those that each process has."""
+        shares = self.exchange(self.ids.tolist())
+        return set(sorted(chain(*shares), key=self._place)[:examples]), shares
+
+    def _kept(self, chosen: set[int]) -> AuditContext:
+        """Those of the examples of this process that were chosen, with the answers to them."""
+        kept = torch.tensor([i for i, id_ in enumerate(self.ids.tolist()) if id_ in chosen], dtype=torch.long)
         own = Examples(self.inputs, self.targets, self.ids)[kept]
-        smaller = replace(self, inputs=own.inputs, targets=own.targets, ids=own.ids, _cache={})
+        fewer = replace(self, inputs=own.inputs, targets=own.targets, ids=own.ids, _cache={})
         for key, value in self._cache.items():
             if isinstance(key, int):
-                smaller._cache[key] = (value[0], value[1][kept.to(value[1].device)])
-        return smaller
+                fewer._cache[key] = (value[0], value[1][kept.to(value[1].device)])
+        return fewer
 
-    def _order(self) -> list[int]:
-        """Positions in an order that depends on ids and seed alone."""
-        return sorted(range(len(self)), key=lambda i: _mixed(self.seed, int(self.ids[i])))
+    def _place(self, number: int) -> int:
+        """Where an id comes in the order in which examples are chosen."""
+        return _mixed(self.seed, number)
 
 
 def _mixed(seed: int, number: int) -> int:

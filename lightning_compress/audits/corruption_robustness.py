@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,6 +20,7 @@ from lightning_compress.audits.integrity import determinism
 from lightning_compress.audits.ladder import MODELS, answers
 from lightning_compress.audits.results import AuditResult, Metric
 from lightning_compress.audits.robustness import blocks, raw_inputs, without_options
+from lightning_compress.audits.undivided import undivided
 
 
 class CorruptionRobustness:
@@ -82,12 +82,11 @@ class CorruptionRobustness:
     def _report(self, context: AuditContext, whole: dict[str, Tensor], chosen: Sequence[str], done: int) -> AuditResult:
         result = AuditResult(self.name, 1, {"corruptions": list(chosen), "severities": self.severities})
         few = context.inputs[:16]
-        trust = [determinism(context.dense, few), determinism(context.compressed, few)]
+        trust = context.agreed([determinism(context.dense, few), determinism(context.compressed, few)])
         mean = {name: whole[name].mean((1, 2)) for name in MODELS}
-        truncated = done < len(context)
-        gathered = replace(context, gather=lambda values: values)
+        truncated = context.agree(done < len(context))
         result.metrics.append(
-            gathered.compare(
+            undivided(context).compare(
                 "corruption_accuracy", self.family, mean["dense"], mean["compressed"], trust=trust, truncated=truncated,
                 note=f"mean over {len(chosen)} corruptions in {len(self.severities)} severities",
             )

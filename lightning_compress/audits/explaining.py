@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -59,9 +59,16 @@ class Work:
 
     def _made(self, handle: ModelHandle, method: Method) -> Attribution:
         found = self.attribute(handle, method, self.x)
-        if found.incompleteness > INCOMPLETE:
+        if self.incompleteness(found) > INCOMPLETE:
             found = self.attribute(handle, method, self.x, 4 * self.steps)
         return found
+
+    def incompleteness(self, found: Attribution) -> float:
+        """That of the examples of all processes: they decide alike whether more steps are needed."""
+        if found.delta is None or found.change is None:
+            return 0.0
+        delta, change = (self.context.gather(values) for values in (found.delta, found.change))
+        return replace(found, delta=delta, change=change).incompleteness
 
     def _kept(self, handle: ModelHandle, method: Method) -> Attribution:
         """Maps of a reference, which may be known from an earlier audit."""

@@ -103,7 +103,7 @@ class Explanations:
         floor_model, ceilings = self._bounds(work)
         trusted: list[tuple[Method, Metric, Tensor]] = []
         for method in self._possible(work):
-            if context.budget.is_spent:
+            if context.is_spent():
                 work.result.warnings.append(f"the budget ended before {method} was computed")
                 break
             context.progress(f"attributions: {method}", None)
@@ -139,15 +139,20 @@ class Explanations:
 
     def _for(self, work: Work, method: Method) -> Work:
         """Fewer examples for Shapley values."""
-        if method != "shapley" or len(work.x) <= self.shapley_examples:
-            return work
-        if work.fewer is not None:
-            return work.fewer
-        smaller = self._work(work.context.limited(self.shapley_examples))
-        smaller.baseline = smaller.baseline if work.x.dim() == 4 else work.baseline[: len(smaller.x)]
-        smaller.layer, smaller.result = work.layer, work.result
-        work.fewer = smaller
-        return smaller
+        return self._fewer(work) if method == "shapley" else work
+
+    def _fewer(self, work: Work) -> Work:
+        """The same for as many examples as Shapley values explain."""
+        if work.fewer is None:
+            context = work.context.limited(self.shapley_examples)
+            if context is work.context:
+                return work
+            smaller = self._work(context)
+            if work.x.dim() != 4:  # the mean of all examples, or a token: the same for each of them
+                smaller.baseline = work.baseline[:1].expand_as(smaller.x)
+            smaller.layer, smaller.result = work.layer, work.result
+            work.fewer = smaller
+        return work.fewer
 
     def _possible(self, work: Work) -> list[Method]:
         """Methods that these models and inputs allow; the others are listed with the reason."""
@@ -191,7 +196,7 @@ class Explanations:
             Check("maps_not_constant", constant <= _CONSTANT, f"{constant:.1%} of the maps say nothing ({which})")
         ]
         if method == "integrated_gradients":
-            missing = found.incompleteness
+            missing = work.incompleteness(found)
             detail = f"the sum misses {missing:.1%} of the change of the {which} output (at most {INCOMPLETE:.0%})"
             checks.append(Check("completeness", missing <= INCOMPLETE, detail))
         if method not in FORWARD_ONLY and which == "compressed" and isinstance(work.context.inputs, Tensor):
@@ -204,13 +209,16 @@ class Explanations:
         """Raw agreement by one method, with floor and ceiling, and its normalised value as the first metric."""
         context = work.context
         try:
-            maps = {w: work.maps(w, getattr(context, w), method) for w in ("dense", "compressed")}
+            maps = context.together(
+                lambda: {w: work.maps(w, getattr(context, w), method) for w in ("dense", "compressed")}
+            )
         except CompressionError as error:
             return [_refused(f"agreement_{method}", context, str(error))], torch.empty(0)
         places = {which: found.places for which, found in maps.items()}
         raw = context.gather(spearman(places["dense"], places["compressed"]))
         constant = {which: context.gather(is_constant(p).double()) for which, p in places.items()}
         checks = [c for w in maps for c in self._trust(work, method, maps[w], float(constant[w].mean()), w)]
+        checks = context.agreed(checks)
         floor, top = self._floor_and_ceiling(work, method, places["dense"], floor_model, ceilings)
         kept = torch.isfinite(raw) & torch.isfinite(top)
         threat = {"via": context.compressed.via if method not in FORWARD_ONLY else "direct", "method": method}
@@ -290,10 +298,9 @@ class Explanations:
         if bool(right.any()):
             note = "raw rank correlation, where both models are right"
             work.result.metrics.append(self._plain(own, "rank_correlation_both_correct", raw[right], note, True))
-        work.result.metrics += faithful_metrics(own, method, self.shapley_examples)
-        order = torch.nan_to_num(spearman(a, b), nan=2.0).argsort()[: self.pictures]
-        if len(order):
-            work.result.artifacts.append(moved_most(own, method, a, b, order))
+        work.result.metrics += faithful_metrics(own, method, self._fewer(work))
+        if self.pictures:
+            work.result.artifacts.append(moved_most(own, method, a, b, self.pictures))
         ids = own.context.gather(own.context.ids)
         work.result.per_example = {"ids": ids.tolist(), "rank_correlation": raw.tolist()}
 

@@ -106,10 +106,9 @@ class Forgetting:
         return result
 
     def _per_class(self, context: AuditContext) -> tuple[Floats, Floats] | None:
+        cells = context.logits("dense")[0].numel()
+        context = context.limited(max(1, _MOST_CELLS // max(cells, 1)))
         logits = context.logits("dense")
-        if logits[0].numel() * len(logits) > _MOST_CELLS:
-            context = context.limited(max(1, _MOST_CELLS // logits[0].numel()))
-            logits = context.logits("dense")
         one = context.task.by_class(logits[:1], context.targets[:1])
         if one is None or one.shape[1] > _MOST_CLASSES:
             return None
