@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from lightning_compress.errors import CompressionError
@@ -52,3 +54,4 @@ def test_table_is_markdown() -> None:
     table = [line for line in text.splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in table}) == 1
     assert "| int8 static, convolutions | 3.33" in text
+    assert text in (Path(__file__).parents[2] / "docs" / "techniques" / "quantization.md").read_text(encoding="utf-8")
