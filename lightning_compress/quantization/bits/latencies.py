@@ -115,8 +115,8 @@ def _arguments(model: nn.Module, modules: Mapping[str, nn.Module], call: Example
     missing = [layer for layer in modules if layer not in seen]
     if missing:
         raise CompressionError(
-            f"the example call does not run {missing[0]!r}, so its latency is not known; use a call that does, or leave "
-            "the layer out"
+            f"the example call does not run {missing[0]!r}, so its latency is not known; use a call that does, or "
+            "leave the layer out"
         )
     return seen
 
