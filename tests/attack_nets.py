@@ -68,17 +68,18 @@ def pruned(share: float = 0.8) -> nn.Module:
 
 
 @cache
-def int8() -> tuple[Int8Artifact, nn.Module]:
-    """Really integer, and the network with quantizers that it was made of."""
+def int8(share: float = 0.0) -> tuple[Int8Artifact, nn.Module]:
+    """Really integer, and the network with quantizers that it was made of; of the dense one, or of a pruned one."""
     x, _ = digits()
+    net = pruned(share) if share else dense()
     calls = [ExampleCall("", (part,)) for part in x[:256].split(64)]
-    twin = quantized(copy.deepcopy(dense()), calls, "int8", "int8")
+    twin = quantized(copy.deepcopy(net), calls, "int8", "int8")
     return Int8Artifact.of(twin, calls[0], calls), twin
 
 
 def handle(name: str) -> ModelHandle:
-    if name == "int8":
-        deployed, twin = int8()
+    if name.startswith("int8"):
+        deployed, twin = int8(*{"int8": (), "int8, half": (0.5,), "int8, fifth": (0.8,)}[name])
         return ModelHandle(deployed, twin, dense(), UNIT)
     return ModelHandle({"dense": dense, "pruned": pruned}[name](), space=UNIT)
 

@@ -68,24 +68,25 @@ def test_pgd_is_that_of_torchattacks() -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["dense", "pruned", "int8"])
+@pytest.mark.parametrize("name", ["dense", "pruned", "int8", "int8, half", "int8, fifth"])
 @pytest.mark.parametrize(("norm", "eps"), [("linf", 0.06), ("l2", 0.3)])
 def test_apgd_finds_as_much_as_theirs(name: str, norm: str, eps: float) -> None:
-    """At most one point above torchattacks' and pyautoattack's APGD, with the same number of steps."""
+    """At most one point, one example here, above torchattacks' and pyautoattack's APGD of as many steps."""
     pytest.importorskip("torchattacks", reason="pip install --no-deps torchattacks==3.5.1")
     pytest.importorskip("pyautoattack", reason="pip install pyautoattack")
-    x, y, seeds = examples(100 if name != "int8" else 48)
+    x, y, seeds = examples(100)
     model = handle(name)
     given: dict[str, Any] = {"eps": eps, "norm": norm, "space": UNIT, "seeds": seeds}
     with audit_context(*model.modules):
-        ours = right(model.predict, apgd(model.differentiable, x, y, steps=30, **given), y)
-        theirs = torchattacks_attack("APGD", model.differentiable, x, y, steps=30, scale_logits=False, **given)
-        published = autoattack(model.differentiable, x, y, attacks=["apgd-ce"], scale_logits=False, **given)
-        long = right(model.predict, apgd(model.differentiable, x, y, steps=100, **given), y)
-    assert 0.05 < float(ours.double().mean()) < 0.8
-    point = 1.01 / min(100, len(x))  # one point of a hundred examples, one example of fewer
-    assert float(ours.double().mean()) <= float(right(model.predict, theirs, y).double().mean()) + point
-    assert float(long.double().mean()) <= float(right(model.predict, published, y).double().mean()) + point
+        ours = right(model.predict, apgd(model.differentiable, x, y, steps=20, **given), y)
+        theirs = torchattacks_attack("APGD", model.differentiable, x, y, steps=20, scale_logits=False, **given)
+    assert 5 < int(ours.sum()) < 80
+    assert int(ours.sum()) <= int(right(model.predict, theirs, y).sum()) + 1
+    if name in ("dense", "pruned", "int8"):
+        with audit_context(*model.modules):
+            published = autoattack(model.differentiable, x, y, attacks=["apgd-ce"], scale_logits=False, **given)
+            long = right(model.predict, apgd(model.differentiable, x, y, steps=100, **given), y)
+        assert int(long.sum()) <= int(right(model.predict, published, y).sum()) + 1
 
 
 def test_every_attack_of_torchattacks_by_name() -> None:
