@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_compress.audits.explained import Explained, example_batches, patches_of, rows_of
+from lightning_compress.audits.handles import rows_at_once
 from lightning_compress.errors import CompressionError
 from lightning_compress.isolation import isolated_rng
 from lightning_compress.targets import get_submodule_clean, named_modules_clean
@@ -140,7 +141,7 @@ def attribute(
 def _integrated(model: Explained, x: Tensor, start: Tensor, extra: Any, options: dict[str, Any]) -> Any:
     return captum().IntegratedGradients(model, multiply_by_inputs=True).attribute(
         x, baselines=start, additional_forward_args=extra, n_steps=options["steps"],
-        internal_batch_size=max(len(x), model.handle.batch_size),
+        internal_batch_size=max(len(x), rows_at_once(x, model.handle.batch_size)),
     )  # fmt: skip
 
 

@@ -10,12 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_compress.audits.handles import InputSpace, ModelHandle, take
+from lightning_compress.audits.handles import InputSpace, ModelHandle, rows_at_once, take
 from lightning_compress.audits.tasks import Task
 from lightning_compress.errors import CompressionError
 from lightning_compress.nested import tensors_in
-
-_VALUES = 1 << 22  # input values in one call: 27 images of 224 x 224 with colours
 
 
 def choose(task: Task, logits: Tensor) -> Tensor:
@@ -185,7 +183,7 @@ def patches_of(shape: tuple[int, ...], patches: int) -> Tensor:
 
 def example_batches(x: Tensor, handle: ModelHandle, calls: int = 1) -> list[slice]:
     """Slices of examples so small that `calls` copies of each fit into one call of the model."""
-    size = max(1, min(handle.batch_size, _VALUES // max(1, x[0].numel())) // max(1, calls))
+    size = max(1, rows_at_once(x, handle.batch_size) // max(1, calls))
     return [slice(start, start + size) for start in range(0, len(x), size)]
 
 

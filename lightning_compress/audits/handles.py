@@ -15,6 +15,7 @@ from lightning_compress.nested import map_tensors, tensors_in
 
 Via = Literal["direct", "ste", "twin"]
 Values = Tensor | float | Sequence[float]
+_VALUES_AT_ONCE = 1 << 22  # 27 images of 3 x 224 x 224
 _TOLERANCE = 1e-5  # of the range: float images that were saved as bytes miss their bounds by this much at most
 
 
@@ -130,6 +131,21 @@ def count(inputs: Any) -> int:
     return len(next(tensors_in(inputs)))
 
 
+def rows_at_once(inputs: Any, most: int) -> int:
+    """How many examples a model is given in one call: memory is bounded by values, of which large inputs have many.
+
+    Args:
+        inputs: (N, ...), or a tuple or dict of such tensors.
+        most: Of small inputs.
+
+    Example:
+        >>> rows_at_once(torch.empty(90, 1, 28, 28), 64), rows_at_once(torch.empty(90, 3, 224, 224), 64)
+        (64, 27)
+    """
+    values = sum(tensor.shape[1:].numel() for tensor in tensors_in(inputs))
+    return max(1, min(most, _VALUES_AT_ONCE // max(1, values)))
+
+
 @dataclass(frozen=True, eq=False)
 class ModelHandle:
     """A model under audit: what ships gives every reported answer, a twin only gives gradients.
@@ -144,7 +160,7 @@ class ModelHandle:
         dense: The uncompressed model, the twin of last resort.
         space: Of float inputs; None for token ids, or if inputs are never changed.
         select: Takes what a model returns and gives the logits; default: the first tensor, or `logits` of it.
-        batch_size: Examples a call; bounds memory and changes no answer.
+        batch_size: Most examples a call; fewer of large inputs (`rows_at_once`). Changes no answer.
         straight_through: False: gradients and values of the twin alone (a transfer attack).
 
     Example:
@@ -196,10 +212,10 @@ class ModelHandle:
         Returns:
             Its answers (N, ...), in float32 at least, without gradients.
         """
-        total = count(x)
-        if total <= self.batch_size:
+        total, size = count(x), rows_at_once(x, self.batch_size)
+        if total <= size:
             return self._call(self.deployed, x).detach()
-        parts = (take(x, slice(i, i + self.batch_size)) for i in range(0, total, self.batch_size))
+        parts = (take(x, slice(i, i + size)) for i in range(0, total, size))
         return torch.cat([self._call(self.deployed, part).detach() for part in parts])
 
     def differentiable(self, x: Any) -> Tensor:

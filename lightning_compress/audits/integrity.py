@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_compress.audits.handles import ModelHandle, take
+from lightning_compress.audits.handles import ModelHandle, rows_at_once, take
 from lightning_compress.audits.results import Check
 from lightning_compress.audits.tasks import Task
 from lightning_compress.errors import CompressionError
@@ -81,14 +81,14 @@ def gradient_probe(
     """
     if not isinstance(x, Tensor) or not x.is_floating_point() or handle.space is None:
         raise CompressionError("gradients to the input are probed for float inputs with a declared range only")
-    points = x.detach().clone().requires_grad_()
+    rows = rows_at_once(x, len(x))
+    parts = [slice(start, start + rows) for start in range(0, len(x), rows)]
     try:
-        logits = handle.differentiable(points)
+        slopes = [_slopes(handle, x[some], targets[some], task) for some in parts]
     except CompressionError:
         return GradientTrust(None, None, None, handle.via, "invalid")
-    rivals = _rivals(logits.detach(), targets, task)
-    (gradient,) = torch.autograd.grad(_gap(logits, targets, rivals, task).sum(), points, retain_graph=True)
-    (slope_ce,) = torch.autograd.grad(task.loss(logits, targets).sum(), points)
+    gradient, slope_ce = (torch.cat(found) for found in list(zip(*slopes, strict=True))[:2])
+    rivals = None if slopes[0][2] is None else torch.cat([found[2] for found in slopes if found[2] is not None])
     size, size_ce = _norms(gradient), _norms(slope_ce)
     zero_rows = float((size_ce <= _VANISHED * size.clamp_min(1e-30)).float().mean())
     promised, found = _along(handle, x.detach(), targets, rivals, task, gradient, directions, seed)
@@ -97,6 +97,16 @@ def gradient_probe(
     if level == "ok" and zero_rows >= ZERO_ROWS:
         level = "suspect"
     return GradientTrust(correlation, slope, zero_rows, handle.via, level)
+
+
+def _slopes(handle: ModelHandle, x: Tensor, targets: Tensor, task: Task) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of the margin and of the loss of each example, and its runner-up."""
+    points = x.detach().clone().requires_grad_()
+    logits = handle.differentiable(points)
+    rivals = _rivals(logits.detach(), targets, task)
+    (gradient,) = torch.autograd.grad(_gap(logits, targets, rivals, task).sum(), points, retain_graph=True)
+    (slope_ce,) = torch.autograd.grad(task.loss(logits, targets).sum(), points)
+    return gradient, slope_ce, rivals
 
 
 def _rivals(logits: Tensor, targets: Tensor, task: Task) -> Tensor | None:

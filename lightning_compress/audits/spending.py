@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.audits.energy import EXTRA, energy_of_calls, is_installed
-from lightning_compress.audits.handles import ModelHandle, take
+from lightning_compress.audits.handles import ModelHandle, rows_at_once, take
 from lightning_compress.cost import Cost, LatencyRatio, LiveBytes, latency, latency_ratio
 from lightning_compress.errors import CompressionError
 from lightning_compress.isolation import untouched
@@ -48,7 +48,7 @@ def cost_of(
         compressed: What ships.
         inputs: Raw inputs (N, ...), of which the first are used.
         repeats: Measured rounds.
-        batch_size: Of the larger of the two latencies; the other is of a single example.
+        batch_size: Of the larger of the two latencies, fewer of large inputs; the other is of a single example.
         energy: Whether joules are measured, about a second for both models; None: where codecarbon is installed.
 
     Returns:
@@ -62,7 +62,7 @@ def cost_of(
         CompressionError: Energy is asked for, and codecarbon is not installed.
     """
     one = take(inputs, slice(0, 1))
-    many = take(inputs, slice(0, batch_size))
+    many = take(inputs, slice(0, rows_at_once(inputs, batch_size)))  # what is timed is one call
     sections: dict[str, Any] = {
         name: _sizes(handle, one) for name, handle in (("dense", dense), ("compressed", compressed))
     }

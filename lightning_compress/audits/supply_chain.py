@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_compress.audits.comparing import compare, judged
 from lightning_compress.audits.context import AuditContext
 from lightning_compress.audits.explained import patches_of
-from lightning_compress.audits.handles import ModelHandle
+from lightning_compress.audits.handles import ModelHandle, rows_at_once
 from lightning_compress.audits.privacy.scores import only_tensor
 from lightning_compress.audits.results import AuditResult, Metric
 from lightning_compress.audits.statistics import holm, wilson
@@ -29,8 +29,8 @@ class Triggers:
 
     Compression can keep a backdoor, weaken it, or wake one that was made to sleep in full precision. Success is the
     share of examples of other classes that are answered with the target once the trigger is on; the floor is that share
-    without the trigger. The verdict is FAIL if success grew by more than the margin (``supply_chain.trigger``), and also
-    if the trigger turns more than half of the examples: a backdoor that the dense model has too is one that ships.
+    without the trigger. The verdict is FAIL if success grew by more than the margin (``supply_chain.trigger``), and
+    also if the trigger turns more than half of the examples: a backdoor that the dense model has too is one that ships.
 
     Args:
         triggers: Name -> (trigger, target class). A trigger takes raw inputs (N, ...) and returns them changed; `patch`
@@ -108,8 +108,8 @@ class DormantScan:
     of examples is counted for which both happens. A compressed model that is merely weaker obeys such triggers of all
     classes, so a class is flagged only if the trigger works on half of the examples, far more often than those of the
     others (an anomaly index above 3), and significantly more often than in the same search with the models exchanged
-    (McNemar, Holm over classes). A flagged class is a FAIL. PASS says that no class had a trigger that works on half more
-    of the examples of the compressed model than of those of the dense one (margin ``supply_chain.dormant_trigger``).
+    (McNemar, Holm over classes). A flagged class is a FAIL. PASS says that no class had a trigger that works on half
+    more of the examples of the compressed model than of those of the dense one (``supply_chain.dormant_trigger``).
 
     `new_answers` needs no search: which class the changed answers of plain examples go to. Changes that all point to
     one class are a sign too.
@@ -193,20 +193,25 @@ class DormantScan:
         target = torch.full((len(x),), label, device=x.device)
         answer = kept.predict(x).argmax(1)
 
-        def loss(w: Tensor) -> Tensor:
+        def loss(w: Tensor, some: slice) -> Tensor:
+            """The part of some of the examples in the mean over all of them."""
             mask, pattern = w[0].sigmoid(), low[0] + (high - low)[0] * w[1].sigmoid()
-            changed = _blend(x, mask, pattern)
-            turned = F.cross_entropy(attacked.differentiable(changed), target)
-            return turned + F.cross_entropy(kept.differentiable(changed), answer) + self.size * mask.mean()
+            changed = _blend(x[some], mask, pattern)
+            turned = F.cross_entropy(attacked.differentiable(changed), target[some])
+            all_ = turned + F.cross_entropy(kept.differentiable(changed), answer[some]) + self.size * mask.mean()
+            return all_ * (len(changed) / len(x))
+
+        size = rows_at_once(x, min(attacked.batch_size, kept.batch_size))
+        parts = [slice(start, start + size) for start in range(0, len(x), size)]
 
         # The search starts at the best of many simple patches: a detector that is off has no gradient to switch it on.
         with torch.no_grad():
-            w = min(_starts(x), key=lambda start: float(loss(start)))
+            w = min(_starts(x), key=lambda start: sum(float(loss(start, some)) for some in parts))
         mean, square = torch.zeros_like(w), torch.zeros_like(w)
         for step in range(1, self.steps + 1):
             with torch.enable_grad():
                 point = w.detach().clone().requires_grad_()
-                (g,) = torch.autograd.grad(loss(point), point)
+                g = torch.stack([torch.autograd.grad(loss(point, some), point)[0] for some in parts]).sum(0)
             mean, square = 0.9 * mean + 0.1 * g, 0.999 * square + 0.001 * g * g
             w = w - 0.1 * (mean / (1 - 0.9**step)) / ((square / (1 - 0.999**step)).sqrt() + 1e-8)
         return w[0].sigmoid(), low[0] + (high - low)[0] * w[1].sigmoid()

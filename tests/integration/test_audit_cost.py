@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import lightning_compress as lc
-from lightning_compress.audits import energy, producing
+from lightning_compress.audits import energy, handles, producing
 from lightning_compress.audits.energy import energy_of_calls
 from lightning_compress.audits.handles import ModelHandle
 from lightning_compress.audits.producing import Production
@@ -38,6 +38,14 @@ def nets() -> tuple[nn.Module, nn.Module]:
 def card(**options: Any) -> Scorecard:
     data = TensorDataset(torch.rand(40, 32), torch.randint(3, (40,)))
     return lc.audit(*nets(), data, space=(0.0, 1.0), tier=0, progress=False, **options)
+
+
+def test_what_is_timed_is_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of inputs so large that 32 of them are given to a model in several calls, the number of one call is timed."""
+    monkeypatch.setattr(handles, "_VALUES_AT_ONCE", 5 * 32)
+    dense, small = (ModelHandle(net) for net in nets())
+    cost = cost_of(dense, small, torch.rand(40, 32), repeats=1, energy=False)
+    assert sorted(cost["dense"]["latency"]) == ["1", "5"]
 
 
 def without_codecarbon(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -79,8 +80,34 @@ def test_every_attack_stays_inside_and_does_not_depend_on_the_batch(name: str, n
         assert not torch.equal(whole, others)  # the control: other seeds are other results
 
 
+def drawn_for_a_batch(oracle: Oracle, x: torch.Tensor, y: torch.Tensor, restarts: int = 2, **given: Any):
+    """PGD as it is mostly written: batch after batch, and `torch.rand` gives each restart of a batch its start."""
+    torch.manual_seed(0)
+    parts = []
+    for places in torch.arange(len(x)).split(oracle.batch_size):
+        some, points = x[places], []
+        for _ in range(restarts):
+            start = some + given["eps"] * (2 * torch.rand(some.shape) - 1)
+            points.append(pgd(oracle, some, y[places], start=start, seeds=example_seeds(places), **given))
+        fell = (oracle(points[0]).argmax(1) != y[places]).view(-1, *[1] * (x.dim() - 1))
+        parts.append(torch.where(fell, points[0], points[1]))
+    return torch.cat(parts)
+
+
+def test_a_start_that_is_drawn_for_a_batch_depends_on_it() -> None:
+    """The control of the test above: the same comparison tells an attack that draws for a batch."""
+    net, x, y, seeds = problem()
+    given: dict[str, Any] = {"eps": 0.04, "norm": "linf", "space": UNIT, "steps": 4, "keep": "last"}
+    ours = [pgd(Oracle(net, size), x, y, seeds=seeds, restarts=2, **given) for size in (64, 7)]
+    theirs = [drawn_for_a_batch(Oracle(net, size), x, y, **given) for size in (64, 7)]
+    again = drawn_for_a_batch(Oracle(net, 7), x, y, **given)
+    assert torch.equal(ours[0], ours[1])
+    assert not torch.equal(theirs[0], theirs[1])
+    assert torch.equal(theirs[1], again)  # it is the batch, not chance
+
+
 def test_a_batch_of_another_size_is_another_calculation() -> None:
-    """The control of the test above: without rows filled up, the last bit may depend on the size of the batch."""
+    """The control of the first: without rows filled up, the last bit may depend on the size of the batch."""
     net, x, y, seeds = problem((1, 16, 16), 23)
     calls: list[int] = []
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_compress.audits.handles import rows_at_once
 from lightning_compress.errors import CompressionError
 
 Logits = Callable[..., Tensor]
@@ -20,12 +21,13 @@ class Oracle:
     Matrix products of 7 rows and of 64 take other paths and differ in the last bit, which the sign of a gradient makes
     large. So each call has a multiple of `align` rows, filled up with copies of the first: with 8, results were equal
     to the bit for any batch size on CPUs. Where they are not, as with kernels chosen by size, make `align` equal to
-    `batch_size`: all calls then have one shape.
+    `batch_size`: all calls then have one shape. Inputs so large that `align` rows do not fit into memory have the same
+    smaller number in every call.
 
     Args:
         logits: Raw inputs (N, ...) -> outputs (N, ...). With an attribute ``by_rows = True`` it is called with
             ``rows=`` too, the places (N,) of the examples in the whole set, for what belongs to an example besides x.
-        batch_size: Most rows in one call.
+        batch_size: Most rows in one call; fewer of large inputs (`handles.rows_at_once`).
         align: Each call has a multiple of this many rows.
 
     Attributes:
@@ -101,12 +103,17 @@ class Oracle:
     def _pieces(self, x: Tensor, index: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
         if len(x) == 0:
             raise CompressionError("There are no examples to look at.")
-        wheres: Any = None if index is None else torch.split(index, self.batch_size)
-        pieces = torch.split(x, self.batch_size)
-        return [(piece, None if wheres is None else wheres[i]) for i, piece in enumerate(pieces)]
+        align = self._align(x)
+        size = rows_at_once(x, self.batch_size)
+        size -= size % align if size > align else 0  # filling up makes no call larger
+        wheres: Any = None if index is None else torch.split(index, size)
+        return [(piece, None if wheres is None else wheres[i]) for i, piece in enumerate(torch.split(x, size))]
+
+    def _align(self, x: Tensor) -> int:
+        return rows_at_once(x, self.align)
 
     def _call(self, x: Tensor, where: Tensor | None) -> Tensor:
-        missing = -len(x) % self.align
+        missing = -len(x) % self._align(x)
         padded = torch.cat([x, x[:1].expand(missing, *x.shape[1:])]) if missing else x
         if getattr(self.logits, "by_rows", False):
             if where is None:

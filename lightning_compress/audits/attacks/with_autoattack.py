@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_compress.audits.attacks.foreign import begin, quarantine
 from lightning_compress.audits.attacks.oracle import Logits, Oracle
-from lightning_compress.audits.handles import InputSpace
+from lightning_compress.audits.handles import InputSpace, rows_at_once
 from lightning_compress.errors import CompressionError
 
 _NORMS = {"linf": "Linf", "l2": "L2"}
@@ -48,7 +48,7 @@ def autoattack(
         seeds: int64 (N,); their sum seeds it, so that results depend on the set of examples.
         attacks: Some of ``"apgd-ce"``, ``"apgd-dlr"``, ``"apgd-t"``, ``"fab"``, ``"fab-t"``, ``"square"``; `None`:
             the standard ones that the number of classes allows.
-        batch_size: Examples attacked at once.
+        batch_size: Examples attacked at once, fewer of large inputs.
         scale_logits: Bring logits to a usual size; without, they are the model's own.
 
     Returns:
@@ -72,7 +72,9 @@ def autoattack(
         )
         attack.logger = _silent()
         _settle(attack, min(9, view.classes - 1))
-        found, _ = attack.run_standard_evaluation(view.encode(ball.x[index]), y[index], batch_size=batch_size)
+        found, _ = attack.run_standard_evaluation(
+            view.encode(ball.x[index]), y[index], batch_size=rows_at_once(x, batch_size)
+        )
     points[index] = ball.rows(index).project(view.decode(found.detach()))
     return points
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_compress.audits.attacks.noise import example_seeds
 from lightning_compress.audits.context import AuditContext
-from lightning_compress.audits.handles import ModelHandle
+from lightning_compress.audits.handles import ModelHandle, rows_at_once
 from lightning_compress.audits.pictures import grid_png, png_artifact
 from lightning_compress.audits.privacy.reconstruction import (
     invert_confidences,
@@ -165,7 +165,8 @@ class Inversion:
     def _reconstruct(
         self, handle: ModelHandle, way: Access, targets: Tensor, seeds: Tensor, shape: tuple[int, ...]
     ) -> Tensor:
-        steps, size, parts = self._steps(way), max(1, min(handle.batch_size, (1 << 23) // max(1, _numel(shape)))), []
+        steps, parts = self._steps(way), []
+        size = rows_at_once(torch.empty(1, *shape, device="meta"), handle.batch_size)
         for start in range(0, len(targets), size):
             some, own = targets[start : start + size], seeds[start : start + size]
             if way == "white_box":
@@ -247,7 +248,3 @@ def _picture(found: Mapping[str, Tensor], restarts: int) -> bytes | None:
     if first[0].dim() != 4 or first[0].shape[1] not in (1, 3):
         return None
     return grid_png([list(x) for x in first])
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    return int(torch.Size(shape).numel())
