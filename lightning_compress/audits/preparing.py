@@ -167,11 +167,12 @@ def _is_binary(task: TaskName | Task | None, logits: Tensor, targets: Tensor) ->
 
 
 def _two_columns(handle: ModelHandle) -> ModelHandle:
+    """One logit as two of the same difference; none is constant, so that both classes can be explained."""
     inner = handle.select or logits_of
 
     def select(output: Any) -> Tensor:
         logit = inner(output).reshape(-1)
-        return torch.stack([torch.zeros_like(logit), logit], 1)
+        return torch.stack([-logit / 2, logit / 2], 1)
 
     return replace(handle, select=select)
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
+from audit_nets import images, pruned, trained
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
@@ -27,40 +27,11 @@ from lightning_compress.audits.tasks import CausalLM, Classification, Regression
 from lightning_compress.probe import ExampleCall
 
 
-def convolutional(seed: int = 0) -> nn.Sequential:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return nn.Sequential(
-            nn.Conv2d(1, 8, 3, padding=1, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(128, 10)
-        )  # fmt: skip
-
-
-def train(model: nn.Module, x: Tensor, y: Tensor, seed: int = 0, epochs: int = 6) -> nn.Module:
-    optimizer = torch.optim.Adam(model.parameters(), 5e-3)
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(epochs):
-        for part in torch.randperm(len(x), generator=generator).split(50):
-            optimizer.zero_grad()
-            F.cross_entropy(model(x[part]), y[part]).backward()
-            optimizer.step()
-    return model.eval()
-
-
-def pruned(model: nn.Module, share: float) -> nn.Module:
-    small = copy.deepcopy(model)
-    for parameter in small.parameters():
-        if parameter.dim() > 1:
-            parameter.data[parameter.abs() < parameter.abs().flatten().quantile(share)] = 0
-    return small
-
-
 @pytest.fixture(scope="module")
 def digits() -> tuple[Tensor, Tensor, nn.Module, nn.Module]:
     """Images in [0, 1], labels, a dense net of 97 % and the same one with 70 % of its weights gone."""
-    images, labels = load_digits(return_X_y=True)
-    x, y = torch.tensor(images, dtype=torch.float).view(-1, 1, 8, 8) / 16, torch.tensor(labels)
-    dense = train(convolutional(), x[:900], y[:900])
-    return x[900:], y[900:], dense, pruned(dense, 0.7)
+    x, y = images()
+    return x[900:], y[900:], trained(), pruned(trained(), 0.7)
 
 
 def cheap(dense: Any, compressed: Any, data: Any, **options: Any) -> lc.Scorecard:
@@ -105,9 +76,7 @@ def test_a_model_against_itself_has_not_changed(digits: Any) -> None:
 
 def test_heavy_pruning_fails_and_another_training_is_the_yardstick(digits: Any) -> None:
     x, y, dense, _ = digits
-    images, labels = load_digits(return_X_y=True)
-    x0, y0 = torch.tensor(images[:900], dtype=torch.float).view(-1, 1, 8, 8) / 16, torch.tensor(labels[:900])
-    other = train(convolutional(1), x0, y0, 1)
+    other = trained(1)
     wrecked = pruned(dense, 0.95)
     references = {"dense": [other], "compressed": [pruned(other, 0.95)]}
     card = cheap(dense, wrecked, (x, y), space=(0.0, 1.0), references=references)

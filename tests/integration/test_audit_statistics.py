@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from scipy.stats import binom, false_discovery_control, norm
+from scipy.stats import binom, false_discovery_control, multinomial, norm
 
 from lightning_compress.audits.statistics import (
     auc,
@@ -27,15 +27,16 @@ from lightning_compress.audits.statistics import (
 )
 
 RUNS = 400
-NEAR_95 = (0.92, 0.98)  # of RUNS intervals; three standard errors around 95 %
+NEAR_95 = (0.93, 0.97)
 
 
-def test_wilson_covers() -> None:
-    generator = np.random.default_rng(0)
-    hits = generator.binomial(200, 0.9, RUNS)
-    ends = {int(k): wilson(int(k), 200) for k in np.unique(hits)}
-    held = [ends[int(k)][0] <= 0.9 <= ends[int(k)][1] for k in hits]
-    assert NEAR_95[0] <= np.mean(held) <= NEAR_95[1]
+@pytest.mark.parametrize("n", [200, 600])
+@pytest.mark.parametrize("share", [0.5, 0.7, 0.9, 0.95, 0.98])
+def test_wilson_covers(n: int, share: float) -> None:
+    """Exactly, not by simulation: the probabilities of all outcomes whose interval holds the true share."""
+    ends = [wilson(k, n) for k in range(n + 1)]
+    held = sum(binom.pmf(k, n, share) for k, (low, high) in enumerate(ends) if low <= share <= high)
+    assert NEAR_95[0] <= held <= NEAR_95[1]
 
 
 def test_clopper_pearson_never_covers_less() -> None:
@@ -46,19 +47,25 @@ def test_clopper_pearson_never_covers_less() -> None:
         assert held >= 0.95
 
 
-def test_paired_intervals_cover() -> None:
-    """80 % right; a tenth of the answers flips, so the second model is worse by a known amount."""
-    generator = np.random.default_rng(1)
-    tango, plain, true = [], [], 0.1 * 0.2 - 0.1 * 0.8
-    for run in range(RUNS):
-        a = (generator.random(150) < 0.8).astype(float)
-        b = np.where(generator.random(150) < 0.1, 1 - a, a)
-        _, low, high = paired_shares(a, b)
-        tango.append(low <= true <= high)
-        _, low, high = paired_bootstrap(a, b, seed=run, resamples=300)
-        plain.append(low <= true <= high)
-    assert NEAR_95[0] <= np.mean(tango) <= NEAR_95[1]
-    assert NEAR_95[0] <= np.mean(plain) <= NEAR_95[1]
+@pytest.mark.parametrize(("n", "won", "lost"), [(150, 0.02, 0.08), (300, 0.03, 0.05), (100, 0.1, 0.1)])
+def test_paired_intervals_cover(n: int, won: float, lost: float) -> None:
+    """Exactly: all pairs of counts of answers that became right and wrong, with their probabilities."""
+    true, tango, plain, total = won - lost, 0.0, 0.0, 0.0
+    for up in range(int(binom.isf(1e-5, n, won)) + 1):
+        for down in range(int(binom.isf(1e-5, n, lost)) + 1):
+            weight = multinomial.pmf([up, down, n - up - down], n, [won, lost, 1 - won - lost])
+            if weight < 1e-6:
+                continue
+            before = np.repeat([0.0, 1.0, 1.0], [up, down, n - up - down])
+            after = np.repeat([1.0, 0.0, 1.0], [up, down, n - up - down])
+            _, low, high = paired_shares(before, after)
+            tango += weight * (low <= true <= high)
+            _, low, high = paired_bootstrap(before, after, seed=1000 * up + down, resamples=300)
+            plain += weight * (low <= true <= high)
+            total += weight
+    assert total > 0.9995
+    assert NEAR_95[0] <= tango <= NEAR_95[1]
+    assert 0.92 <= plain <= NEAR_95[1]  # a little too sure where few answers change, so shares get Tango's interval
 
 
 def test_a_bootstrap_of_shares_is_too_sure_where_tangos_interval_is_not() -> None:
@@ -132,10 +139,10 @@ def test_area_is_that_of_all_pairs_and_its_interval_covers() -> None:
     pairs = np.sign(members[:, None] - others[None]).mean() / 2 + 0.5
     assert auc(members, others)[0] == pytest.approx(pairs)
     held = []
-    for _ in range(300):
+    for _ in range(4000):
         _, low, high = auc(generator.normal(1, 1, 100), generator.normal(0, 1, 100))
         held.append(low <= norm.cdf(1 / math.sqrt(2)) <= high)
-    assert 0.91 <= np.mean(held) <= 0.98
+    assert NEAR_95[0] <= np.mean(held) <= NEAR_95[1]
 
 
 def test_a_perfect_area_of_few_scores_is_not_certain() -> None:
