@@ -35,6 +35,8 @@ AT, AUTO = lc.Schedule(begin="40%"), lc.Schedule(begin="10%", end="50%", every=8
 COMMON: dict[str, Any] = {"multiple_of": 4, "keep_first_last": False, "exclude": ["head"]}
 ARMS: dict[str, Callable[[], LowRank]] = {
     "half the MACs": lambda: LowRank(keep_macs=0.5, schedule=AT, **COMMON),
+    "half the MACs, whitened": lambda: LowRank(keep_macs=0.5, schedule=AT, whiten=True, **COMMON),
+    "half the MACs, masked": lambda: LowRank(keep_macs=0.5, schedule=AT, mode="masked", **COMMON),
     "half of each weight": lambda: LowRank("ratio", ratio=0.5, schedule=AT, **COMMON),
     "80 % energy": lambda: LowRank("energy", energy=0.8, schedule=AT, **COMMON),
     "EVBMF": lambda: LowRank("evbmf", schedule=AT, **COMMON),
@@ -86,7 +88,9 @@ def fit(model: Speaker, data: TensorDataset, epochs: int, callbacks: Sequence[L.
     return model
 
 
-def arms(kind: str, seed: int, data: TensorDataset, epochs: int, x: Tensor) -> dict[str, tuple[Any, str]]:
+def arms(
+    kind: str, seed: int, data: TensorDataset, epochs: int, x: Tensor, only: Sequence[str] | None
+) -> dict[str, tuple[Any, str]]:
     """Trained networks by name, and for how many epochs."""
 
     def begin(width: int = WIDTH) -> Speaker:
@@ -98,7 +102,10 @@ def arms(kind: str, seed: int, data: TensorDataset, epochs: int, x: Tensor) -> d
 
     nets: dict[str, tuple[Any, str]] = {"dense": (fit(begin(), data, epochs), f"{epochs}")}
     for name, make in ARMS.items():
-        nets[name] = (fit(begin(), data, epochs, [make()]), f"{epochs}")
+        if not only or name in only:
+            nets[name] = (fit(begin(), data, epochs, [make()]), f"{epochs}")
+    if only:
+        return nets
     more = max(1, round(0.6 * epochs))
     after = fit(copy.deepcopy(nets["dense"][0]), data, more, [at_setup()])
     nets["SVD of the trained net, fine-tuned"] = (after, f"{epochs} + {more}")
@@ -107,17 +114,19 @@ def arms(kind: str, seed: int, data: TensorDataset, epochs: int, x: Tensor) -> d
     return nets
 
 
-def main(kinds: Sequence[str], seeds: Sequence[int], epochs: int, repeats: int) -> None:
+def main(kinds: Sequence[str], seeds: Sequence[int], epochs: int, repeats: int, only: Sequence[str] | None) -> None:
     start = time.perf_counter()
     torch.set_num_threads(1)
     train, test = utterances()
     x, y = test.tensors
     runs = {}
     for kind in kinds:
-        runs[kind] = judged(lambda seed, kind=kind: arms(kind, seed, train, epochs, x), seeds, x, y, repeats)
+        runs[kind] = judged(lambda seed, kind=kind: arms(kind, seed, train, epochs, x, only), seeds, x, y, repeats)
         print(f"\n{kind}\n")
         print("\n".join(table(runs[kind])))
     print(f"\nseeds {list(seeds)}, torch {torch.__version__}, {time.perf_counter() - start:.0f} s")
+    if only:
+        return
     ours, others = "half the MACs", "a narrow dense net from scratch"
     every = [run for kind in kinds for run in runs[kind]]
     points = 100 * statistics.mean(run[ours]["accuracy"] - run[others]["accuracy"] for run in every)
@@ -132,5 +141,6 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), help="beside the dense network; default: all")
     chosen = parser.parse_args()
-    main(chosen.kinds, chosen.seeds, chosen.epochs, chosen.repeats)
+    main(chosen.kinds, chosen.seeds, chosen.epochs, chosen.repeats, chosen.arms)
