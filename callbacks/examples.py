@@ -75,7 +75,6 @@ def run_step(run: Coordinator) -> Any:
 @contextmanager
 def muted(module: LightningModule) -> Iterator[None]:
     """Let the module log nothing inside the block."""
-    """Let the module's `log` do nothing."""
     before = {name: module.__dict__.get(name) for name in ("log", "log_dict")}
     module.__dict__.update(log=_ignore, log_dict=_ignore)
     try:
@@ -92,24 +91,32 @@ def _ignore(*args: Any, **kwargs: Any) -> None:
     """Stands in for `LightningModule.log`."""
 
 
-def training_batches(run: Coordinator, samples: int, size: int | None = None) -> Iterator[Any]:
-    """Batches of their own from the training data, on the device, the same samples for any number of processes.
+def has_samples(run: Coordinator) -> bool:
+    """Whether samples can be drawn from the training data without touching the loader that the fit reads."""
+    return getattr(run.trainer.train_dataloader, "dataset", None) is not None
+
+
+def training_batches(
+    run: Coordinator, samples: int, size: int | None = None, seen: Sequence[Any] = ()
+) -> Iterator[Any]:
+    """Batches of their own from the training data, as `training_step` gets them.
+
+    The samples are the same for any number of processes.
 
     Args:
         run: The coordinator.
-        samples: How many; where the loader has no dataset, the current batch is all there is.
+        samples: How many.
         size: Samples in a batch; default: as the loader has them, hence fewer in each of several processes.
+        seen: What there is instead where the loader has no dataset (see `has_samples`); default: the current batch.
     """
-    loader = run.trainer.train_dataloader
-    dataset = getattr(loader, "dataset", None)
-    if dataset is None:
-        yield run.batch
+    if not has_samples(run):
+        yield from seen or [run.batch]
         return
+    loader: Any = run.trainer.train_dataloader
     size = size or getattr(loader, "batch_size", None) or _BATCH
-    batches, _ = calibration_batches(dataset, size, samples, 0, getattr(loader, "collate_fn", None))
+    batches, _ = calibration_batches(loader.dataset, size, samples, 0, getattr(loader, "collate_fn", None))
     for batch in batches:
-        converted = run.trainer.precision_plugin.convert_input(batch)
-        yield run.trainer.strategy.batch_to_device(converted, run.adapter.device)
+        yield run.adapter.prepared(batch)
 
 
 def smaller(call: ExampleCall) -> ExampleCall:

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
-from lightning_compress.calibration import batches
+from lightning_compress.calibration import calibration_calls
 from lightning_compress.callbacks import examples, interplay
 from lightning_compress.callbacks.base import FAKE_QUANT, CompressionCallback
 from lightning_compress.callbacks.events import EventRecord
 from lightning_compress.errors import CompressionError
+from lightning_compress.nested import map_tensors, tensors_in
 from lightning_compress.probe import ExampleCall
 from lightning_compress.quantization import attachment
 from lightning_compress.quantization.post_training import Report, Settings, quantize_with_report
@@ -20,6 +21,8 @@ from lightning_compress.targets import as_patterns, select
 
 if TYPE_CHECKING:
     from lightning_compress.callbacks.coordinator import Coordinator
+
+_BATCH = 32  # the same for any number of processes
 
 
 class PostTrainingQuantization(CompressionCallback):
@@ -34,9 +37,10 @@ class PostTrainingQuantization(CompressionCallback):
             `Scheme` or a plan; see `lightning_compress.quantize`.
         steps: Of ``"equalization"``, ``"smoothing"``, ``"gptq"``, ``"adaround"``, ``"batch_norm"`` and
             ``"bias_correction"``; default: those of the scheme.
-        calibration: Arguments for the model as an iterable of `ExampleCall`, tensors, tuples or dictionaries; default:
-            samples of the training data, as the model sees them in ``training_step``.
-        samples: How many samples of the training data.
+        calibration: Arguments for the model: a loader, a dataset, or an iterable of `ExampleCall`, tensors, tuples or
+            dictionaries; default: samples of the training data, as the model sees them in ``training_step``. Where a
+            loader has no dataset to draw them from, they are those that it was trained on last.
+        samples: How many samples.
         targets: Name patterns or types of the layers to quantize.
         exclude: Name patterns or types to leave out.
         name: Tells two instances apart.
@@ -78,6 +82,7 @@ class PostTrainingQuantization(CompressionCallback):
         """See `CompressionCallback.reset`."""
         super().reset()
         self.report: Report | None = None
+        self._seen: list[Any] = []
 
     def check(self, run: Coordinator) -> None:
         """See `CompressionCallback.check`."""
@@ -88,6 +93,17 @@ class PostTrainingQuantization(CompressionCallback):
                 f"{self.name}: a manually optimized step cannot be rehearsed to see the model's inputs; pass "
                 "calibration= (arguments of the module's forward)"
             )
+
+    def boundary(self, run: Coordinator, step: int) -> None:
+        """Keep what the model is trained on last, if nothing can be drawn from the loader in the end."""
+        if self.calibration is None and not examples.has_samples(run):
+            self._seen.append(run.batch)
+            while sum(map(_size, self._seen[1:])) >= self.samples:
+                del self._seen[0]
+
+    def close(self, run: Coordinator) -> None:
+        """Let the last batches go."""
+        self._seen = []
 
     def finish(self, run: Coordinator) -> None:
         """Quantize the model in place, the same on every rank."""
@@ -121,15 +137,21 @@ class PostTrainingQuantization(CompressionCallback):
             settings=Settings(samples=self.samples), inplace=True,
         )  # fmt: skip
 
-    def _calls(self, run: Coordinator) -> list[Any]:
+    def _calls(self, run: Coordinator) -> list[ExampleCall]:
         if self.calibration is not None:
-            return list(self.calibration)
+            convert = run.trainer.precision_plugin.convert_input
+            given = calibration_calls(run.pl_module, self.calibration, samples=self.samples)
+            return [map_tensors(convert, call) for call in given]
         names = list(select(run.pl_module, self.targets, self.exclude, kinds=attachment.KINDS))
         found = []
-        for batch in batches(run.trainer.train_dataloader, self.samples):
-            run.batch = run.trainer.strategy.batch_to_device(batch, run.adapter.device)
+        for batch in examples.training_batches(run, self.samples, _BATCH, self._seen):
+            run.batch = batch
             try:
                 found.append(examples.record_step(run, names))
             finally:
                 run.batch = None
         return found
+
+
+def _size(batch: Any) -> int:
+    return next((tensor.shape[0] for tensor in tensors_in(batch) if tensor.dim()), 1)

@@ -96,6 +96,12 @@ class StrategyAdapter:
         """How many processes train."""
         return self.trainer.world_size
 
+    def prepared(self, batch: Any) -> Any:
+        """What `training_step` gets for a batch of the loader: its precision, the user's hooks, the device."""
+        converted = self.trainer.precision_plugin.convert_input(batch)
+        converted = self.trainer.lightning_module._on_before_batch_transfer(converted, dataloader_idx=0)
+        return self.trainer.strategy.batch_to_device(converted, self.device)
+
     def require(self, feature: str, technique: str) -> None:
         """Refuse a feature that the strategy cannot offer.
 

@@ -56,6 +56,12 @@ def test_what_a_fit_trains_on_is_known_in_setup():
     needs(found == [loader], "trainer.fit_loop._data_source.instance is not what was given", "train_source")
 
 
+def test_a_batch_is_prepared_as_the_fit_loop_prepares_it():
+    name = "_on_before_batch_transfer"
+    code = inspect.getsource(L.pytorch.loops.training_epoch_loop)
+    needs(hasattr(L.LightningModule, name) and name in code, f"no LightningModule.{name}", "StrategyAdapter.prepared")
+
+
 @pytest.mark.parametrize("name", _KIND_OF_CLASS)
 def test_strategies_are_told_by_names_of_classes_that_exist(name):
     cls = getattr(lightning_strategies, name, None)

@@ -331,6 +331,59 @@ def test_post_training_quantization_leaves_no_trace_on_training() -> None:
     assert all(torch.equal(p, module.get_parameter(n)) for n, p in plain.named_parameters())
 
 
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true", "bf16-mixed"])
+@pytest.mark.parametrize("given", [False, True])
+def test_post_training_quantization_in_the_precision_of_the_fit(precision: Any, given: bool) -> None:
+    data = tiny_loader().dataset if given else None
+    after = PostTrainingQuantization("nagel_w8a8_per_channel", samples=32, calibration=data)
+    _, module = run([after], precision=precision)
+    assert all(q.enabled for q in attachment.quantizers(module).values())
+    assert after.report is not None
+    assert after.report.output.after > 15
+    dtype = {"64-true": torch.float64, "bf16-true": torch.bfloat16}.get(precision, torch.float32)
+    assert {p.dtype for n, p in module.named_parameters()} == {dtype}
+    assert torch.isfinite(module.eval()(X.to(dtype))).all()
+
+
+class NoDataset:
+    """Gives batches, and holds no dataset that one could draw from."""
+
+    def __init__(self) -> None:
+        self.batches = [tuple(part.clone() for part in batch) for batch in tiny_loader()]
+        self.batches[0][0].mul_(9)  # the widest range, and the first to go
+        self.reads = 0
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Any:
+        for batch in self.batches:
+            self.reads += 1
+            yield batch
+
+
+@pytest.mark.parametrize("samples", [16, 48, 512])
+def test_a_loader_without_a_dataset_is_not_read_again(samples: int) -> None:
+    loader = NoDataset()
+    L.seed_everything(0, verbose=False)
+    module, after = TinyNet(), PostTrainingQuantization(samples=samples)
+    L.Trainer(callbacks=[after], max_epochs=2, **fits.QUIET).fit(module, loader)
+    assert loader.reads == 8
+    seen = torch.cat([x for x, _ in loader.batches[-(samples // 16) :]])
+    quantizer = attachment.quantizers(module)["net.0.input"]
+    assert float(quantizer.get_buffer("hi")) == pytest.approx(float(seen.max()), rel=1e-6)
+    assert float(quantizer.get_buffer("lo")) == pytest.approx(float(seen.min()), rel=1e-6)
+
+
+def test_calibration_sees_what_the_step_sees() -> None:
+    class Bright(TinyNet):
+        def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            return batch[0] + 100, batch[1]
+
+    _, module = run([PostTrainingQuantization(samples=16)], Bright())
+    assert float(attachment.quantizers(module)["net.0.input"].get_buffer("hi")) > 90
+
+
 def test_averaged_weights_come_first() -> None:
     _, module = run([EMAWeightAveraging(decay=0.5), PostTrainingQuantization(samples=16)])
     assert attachment.quantizers(module)
