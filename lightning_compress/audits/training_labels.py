@@ -69,7 +69,7 @@ class SuspiciousLabels:
         members = self._chosen(context, members)
         # Neighbours may be examples of any process, so all of them look at all features.
         labels, ids = context.gather(members.targets), context.gather(members.ids)
-        features = context.gather(self._features(context, members))
+        features = self._features(context, members)
         if not bool(torch.isfinite(features).all()):
             raise CompressionError(
                 "features of the members are not finite: the compressed model or `features=` fails there"
@@ -108,12 +108,13 @@ class SuspiciousLabels:
         return members[torch.isin(members.ids.cpu(), ids[order[: self.examples]])]
 
     def _features(self, context: AuditContext, members: Examples) -> Tensor:
+        """Of the members of all processes, brought to one scale only when they are together."""
         if self.features is not None:
-            return self.features(context.compressed, members.inputs).flatten(1).double()
+            return context.gather(self.features(context.compressed, members.inputs).flatten(1).double())
         parts = [context.compressed.predict(members.inputs)]
         if isinstance(members.inputs, Tensor) and members.inputs.is_floating_point():
             parts.append(members.inputs)
-        return torch.cat([_unit(part.flatten(1).double()) for part in parts], 1)
+        return torch.cat([_unit(context.gather(part).flatten(1).double()) for part in parts], 1)
 
 
 def label_agreement(features: Tensor, labels: Tensor, neighbours: int = 10) -> Tensor:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -276,6 +280,31 @@ def test_the_scan_finds_the_class_without_knowing_the_trigger(
     assert supply_chain(twin) == "PASS"
     part = run(DormantScan(steps=1, examples=48, classes=2), context(asleep, asleep, some(0, 400), some(400, 600)))
     assert supply_chain(part) == "INCONCLUSIVE"  # eight classes were not looked at
+
+
+def test_labels_are_judged_alike_by_two_processes(models: tuple[nn.Module, nn.Module, nn.Module]) -> None:
+    """Members dealt out in turn, the first process with other digits than the second: they are of one scale."""
+    order = NOISY[:400].argsort(stable=True).view(2, 200).T.reshape(-1)
+    members = Examples(X[order], NOISY[order], torch.arange(400))
+    audit = SuspiciousLabels(examples=300)
+    whole = audit.run(context(*models[:2], members, some(400, 600))).per_example
+    barrier, sent = threading.Barrier(2), [None, None]
+
+    def process(rank: int) -> AuditResult:
+        def all_gather(value: Any) -> list[Any]:
+            sent[rank] = value
+            barrier.wait()
+            parts = list(sent)
+            barrier.wait()
+            return parts
+
+        mine, others = members[torch.arange(400)[rank::2]], some(400 + rank, 600)[torch.arange(0, 200 - rank, 2)]
+        return audit.run(replace(context(*models[:2], mine, others), all_gather=all_gather))
+
+    with ThreadPoolExecutor(2) as pool:
+        for part in pool.map(process, range(2)):
+            by_id = dict(zip(part.per_example["member_ids"], part.per_example["neighbours_with_label"], strict=True))
+            assert by_id == dict(zip(whole["member_ids"], whole["neighbours_with_label"], strict=True))
 
 
 def test_wrong_labels_of_the_training_data_are_found(models: tuple[nn.Module, nn.Module, nn.Module]) -> None:
