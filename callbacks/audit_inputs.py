@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
@@ -16,6 +15,7 @@ from lightning_compress import manifest
 from lightning_compress.audits.audit import default_audits
 from lightning_compress.audits.context import Audit, AuditContext
 from lightning_compress.audits.preparing import Request, prepare
+from lightning_compress.audits.shares import shared
 from lightning_compress.callbacks import teaching
 from lightning_compress.callbacks.coordinator import Coordinator
 from lightning_compress.distillation.following import EMATeacher
@@ -153,8 +153,9 @@ def prepared(request: Request, trainer: Trainer) -> tuple[AuditContext, list[str
         dist.all_gather_object(parts, value)
         return parts
 
-    context = replace(context, all_gather=all_gather)
-    return context, list(dict.fromkeys(text for told in all_gather(caveats) for text in told))
+    return shared(context, request, all_gather), list(
+        dict.fromkeys(text for told in all_gather(caveats) for text in told)
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- a full disk
