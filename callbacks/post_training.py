@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
+from torch import nn
 
 from lightning_compress.calibration import calibration_calls
 from lightning_compress.callbacks import examples, interplay
@@ -17,6 +19,7 @@ from lightning_compress.probe import ExampleCall
 from lightning_compress.quantization import attachment
 from lightning_compress.quantization.post_training import Report, Settings, quantize_with_report
 from lightning_compress.quantization.schemes import Scheme, ordered, read_scheme
+from lightning_compress.quantization.unsupported import Watch, reasons, unsupported
 from lightning_compress.targets import as_patterns, select
 
 if TYPE_CHECKING:
@@ -83,6 +86,7 @@ class PostTrainingQuantization(CompressionCallback):
         super().reset()
         self.report: Report | None = None
         self._seen: list[Any] = []
+        self._beside: dict[str, str] = {}
 
     def check(self, run: Coordinator) -> None:
         """See `CompressionCallback.check`."""
@@ -131,11 +135,13 @@ class PostTrainingQuantization(CompressionCallback):
             )  # fmt: skip
         run.emit(record)
 
-    def _quantize(self, run: Coordinator, calls: Sequence[ExampleCall]) -> Any:
-        return quantize_with_report(
+    def _quantize(self, run: Coordinator, calls: Sequence[ExampleCall]) -> tuple[nn.Module, Report]:
+        model, report = quantize_with_report(
             run.pl_module, calls, scheme=self.scheme, steps=self.steps, targets=self.targets, exclude=self.exclude,
             settings=Settings(samples=self.samples), inplace=True,
         )  # fmt: skip
+        beside = report.skipped.get("quantization", {}) | self._beside
+        return model, replace(report, skipped=report.skipped | ({"quantization": beside} if beside else {}))
 
     def _calls(self, run: Coordinator) -> list[ExampleCall]:
         if self.calibration is not None:
@@ -143,13 +149,15 @@ class PostTrainingQuantization(CompressionCallback):
             given = calibration_calls(run.pl_module, self.calibration, samples=self.samples)
             return [map_tensors(convert, call) for call in given]
         names = list(select(run.pl_module, self.targets, self.exclude, kinds=attachment.KINDS))
-        found = []
+        found, others = [], Watch(unsupported(run.pl_module, self.targets, self.exclude))
         for batch in examples.training_batches(run, self.samples, _BATCH, self._seen):
             run.batch = batch
             try:
                 found.append(examples.record_step(run, names))
             finally:
                 run.batch = None
+        others.looked = True
+        self._beside = reasons(others.stop())  # the calls may be of a part of the model
         return found
 
 

@@ -20,6 +20,7 @@ from lightning_compress.quantization import attachment, observers
 from lightning_compress.quantization.plan import FirstLast, read_choice, resolve
 from lightning_compress.quantization.quantizers import Quantizer
 from lightning_compress.quantization.spec import PRESETS, QuantSpec, parse
+from lightning_compress.quantization.unsupported import Watch, unsupported
 from lightning_compress.schedule import Schedule
 from lightning_compress.targets import as_patterns, clean_name, get_submodule_clean
 
@@ -128,6 +129,7 @@ class QuantizationAwareTraining(CompressionCallback):
         self._live: dict[str, Quantizer] = {}
         self._edits = -1
         self._committed = -1
+        self._others: Watch | None = None
 
     def check(self, run: Coordinator) -> None:
         """See `CompressionCallback.check`."""
@@ -160,8 +162,8 @@ class QuantizationAwareTraining(CompressionCallback):
 
     def start(self, run: Coordinator) -> None:
         """Work out when to do what, and take over what observers had seen when the fit was interrupted."""
+        assert self.resolved is not None
         if not self._points:
-            assert self.resolved is not None
             at = {
                 key: None if position is None else run.resolve(Schedule(begin=position, curve="constant")).events[0]
                 for key, position in self._positions.items()
@@ -176,6 +178,8 @@ class QuantizationAwareTraining(CompressionCallback):
                 observer.load_state(state)
         self._restored = {}
         self._set_modes(run, run.step)
+        if set(self.resolved.events) - set(self.done):
+            self._others = Watch(unsupported(run.pl_module, self.targets, self.exclude))
 
     def event(self, run: Coordinator, step: int) -> None:
         """Let the quantizers compute from now on."""
@@ -197,6 +201,8 @@ class QuantizationAwareTraining(CompressionCallback):
             notes = [f"the best file before quantization stays: {path}" for path in kept]
             if idle:
                 notes.append(f"never ran in training, so not quantized: {', '.join(idle)}")
+            if others := self._stop_watching_others():
+                notes.append(f"there are no quantizers for these, which stay in floating point: {', '.join(others)}")
             record = self._record(run, step, slots, notes, seconds())
         run.emit(record)
 
@@ -206,6 +212,8 @@ class QuantizationAwareTraining(CompressionCallback):
 
     def batch_end(self, run: Coordinator) -> None:
         """After an optimizer step: commit what was observed, before anyone saves a checkpoint."""
+        if self._others is not None:
+            self._others.looked = True
         if run.step != self._committed:
             self._committed = run.step
             self._commit(run, {n: q for n, q in self._quantizers(run).items() if q.observing})
@@ -229,6 +237,7 @@ class QuantizationAwareTraining(CompressionCallback):
 
     def close(self, run: Coordinator) -> None:
         """Stop observing; BatchNorm layers get their modes back."""
+        self._stop_watching_others()
         for quantizer in self._quantizers(run).values():
             quantizer.observing = False
         for module in self._frozen_modes:
@@ -247,6 +256,11 @@ class QuantizationAwareTraining(CompressionCallback):
             self._live = {name: quantizer for name, quantizer in found.items() if name in mine}
             self._edits = edits
         return self._live
+
+    def _stop_watching_others(self) -> list[str]:
+        """Layers that ran, and have weights and no quantizers."""
+        others, self._others = self._others, None
+        return [] if others is None else [f"{name} ({kind})" for name, kind in others.stop().items()]
 
     def _set_modes(self, run: Coordinator, step: int) -> None:
         observe, ranges, batch_norm = (self._points[key] for key in ("observe", "ranges", "batch_norm"))
@@ -304,6 +318,8 @@ class QuantizationAwareTraining(CompressionCallback):
 
         run.adapter.in_step(watch)
         self._commit(run, watched)
+        if self._others is not None:
+            self._others.looked = True
 
     def _initialize(self, run: Coordinator, quantizer: Quantizer, weight: Tensor | None) -> None:
         with torch.no_grad():

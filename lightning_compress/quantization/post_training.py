@@ -28,6 +28,7 @@ from lightning_compress.quantization.toolbox.rounding import AdaRoundSettings
 from lightning_compress.quantization.toolbox.signal import Ratio, signal_ratios
 from lightning_compress.quantization.toolbox.smoothing import smooth
 from lightning_compress.quantization.toolbox.weight_steps import GPTQSettings, round_by_adaround, round_by_gptq
+from lightning_compress.quantization.unsupported import Watch, reasons, unsupported
 from lightning_compress.targets import get_submodule_clean
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -69,7 +70,8 @@ class Report:
             rounding and after the steps. Empty if it was not asked for.
         output: The same of the model's outputs; `None` if it was not asked for.
         steps: The steps that were done, in order.
-        skipped: Step to the layers that it left out, with the reason; `"calibration"` names layers that never ran.
+        skipped: Step to the layers that it left out, with the reason; `"calibration"` names layers that never ran,
+            `"quantization"` those that have weights and run, and are of a type that cannot have quantizers.
     """
 
     layers: dict[str, Ratio]
@@ -174,8 +176,7 @@ def _quantize(
     plan = _with_observers(chosen.layers(model, targets, exclude), own.observer)
     calls = _calls(model, calibration, example, plan, todo, own)
     work = _Work(copy.deepcopy(model), plan, calls, own)
-    if calls:
-        work.leave_out_idle()
+    work.leave_out(Watch(unsupported(work.model, targets, exclude)))
     twin = _Work(copy.deepcopy(work.model), work.plan, calls, own) if report and calls else None
     work.run(todo)
     layers, output = ({}, None) if twin is None else _compared(twin, work, todo)
@@ -225,15 +226,18 @@ class _Work:
     skipped: dict[str, dict[str, str]] = field(default_factory=dict)
     reference: nn.Module | None = None
 
-    def leave_out_idle(self) -> None:
-        """Layers that never run have no ranges."""
-        used: set[str] = set()
+    def leave_out(self, others: Watch) -> None:
+        """Layers that never run have no ranges; layers of other types stay as they are. Both are named."""
+        used: set[str] = set() if self.calls else {*self.plan}
         for call in self.calls:
             used |= record_call(self.model, lambda call=call: call.run(self.model), list(self.plan)).used  # type: ignore[misc]
+            others.looked = True
         idle = {name: "it did not run in any calibration call" for name in self.plan if name not in used}
         if idle:
             self.skipped["calibration"] = idle
             self.plan = {name: slots for name, slots in self.plan.items() if name in used}
+        if left := reasons(others.stop()):
+            self.skipped["quantization"] = left
 
     def run(self, steps: Sequence[str]) -> None:
         """Do the steps in order, and leave the model quantized."""

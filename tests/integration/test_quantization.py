@@ -307,6 +307,57 @@ def test_a_layer_that_never_runs_is_left_out_and_named(capsys: pytest.CaptureFix
     assert not attachment.quantizers(module)["idle.input"].enabled
 
 
+class Exotic(TinyNet):
+    """With layers that cannot have quantizers: two that run, one that does not, and one that is left to float."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pair, self.cell, self.idle = nn.Bilinear(4, 4, 4), nn.LSTMCell(4, 4), nn.GRUCell(4, 4)
+        self.norm, self.known = nn.LayerNorm(4), nn.LSTMCell(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(super().forward(x))
+        return self.pair(y, y) + self.cell(y)[0] + self.known(y)[0]  # type: ignore[no-any-return]
+
+
+WAYS = [
+    {"preset": "int8_static"}, {"preset": "int8_dynamic"}, {"weights": "int8", "activations": "none"},
+    {"schedule": lc.Schedule(begin=0)},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", WAYS)
+def test_layers_of_types_without_quantizers_are_named(arguments: dict[str, Any]) -> None:
+    records: list[Any] = []
+    ours = QuantizationAwareTraining(**{**fits.QAT, "exclude": ("known",), **arguments})
+    ours.on_compression_event = lambda trainer, pl_module, record: records.append(record)  # type: ignore[method-assign]
+    _, module = run([ours], Exotic())
+    (note,) = [note for note in records[0].notes if "no quantizers" in note]
+    assert note.endswith("floating point: pair (Bilinear), cell (LSTMCell)")
+    assert not any(m._forward_pre_hooks for m in module.modules())
+
+
+def test_layers_without_quantizers_that_nobody_asked_for_are_not_named() -> None:
+    records: list[Any] = []
+    ours = QuantizationAwareTraining(**fits.QAT, targets=("net.*",))
+    ours.on_compression_event = lambda trainer, pl_module, record: records.append(record)  # type: ignore[method-assign]
+    run([ours], Exotic())
+    assert records[0].notes == []
+
+
+@pytest.mark.parametrize("scheme", ["int8_static", "int8_dynamic"])
+def test_quantization_after_training_names_them_too(scheme: str) -> None:
+    records: list[Any] = []
+    after = PostTrainingQuantization(scheme, samples=16, exclude=("known",))
+    after.on_compression_event = lambda trainer, pl_module, record: records.append(record)  # type: ignore[method-assign]
+    run([after], Exotic())
+    assert after.report is not None
+    assert after.report.skipped["quantization"] == {
+        "pair": "there are no quantizers for Bilinear", "cell": "there are no quantizers for LSTMCell",
+    }  # fmt: skip
+    assert sum("no quantizers for" in note for note in records[0].notes) == 2
+
+
 def test_two_callbacks_may_not_disagree_about_a_layer() -> None:
     with pytest.raises(lc.CompressionError, match="leave the layer to one callback"):
         run([QuantizationAwareTraining(**fits.QAT), QuantizationAwareTraining("w4a8", name="b", **fits.QAT)])
