@@ -293,12 +293,14 @@ def ragged(x: Tensor, y: Tensor, dense: nn.Module, small: nn.Module) -> Any:
     return cheap(dense, small, [(x[:2], y[:2]), (x[2:4, :, :5], y[2:4])], space=(0.0, 1.0))
 
 
-def beside(name: str, change: Callable[[Tensor], Tensor] = lambda x: x, labels: int = 0) -> Callable[..., Any]:
+def beside(
+    name: str, change: Callable[[Tensor], Tensor] = lambda x: x, labels: int = 0, space: Any = (0.0, 1.0)
+) -> Callable[..., Any]:
     """An audit with one more argument, made of the last 200 examples."""
 
     def case(x: Tensor, y: Tensor, dense: nn.Module, small: nn.Module) -> Any:
         more = {"members": (x[400:600], y[400:600]), name: (change(x[-200:].clone()), y[-200:] + labels)}
-        return cheap(dense, small, (x[:400], y[:400]), space=(0.0, 1.0), **more)
+        return cheap(dense, small, (x[:400], y[:400]), space=space, **more)
 
     return case
 
@@ -324,6 +326,7 @@ FURTHER = ("members", "nonmembers", "ood", "calibration")
     [
         *[(beside(name, normalised), f"{name}= has values in .* outside the declared bounds") for name in FURTHER],
         *[(beside(name, broken), f"{name}= holds values that are not finite") for name in FURTHER],
+        *[(beside(name, broken, space=None), f"{name}= holds values that are not finite") for name in FURTHER],
         *[(beside(name, in_bytes), f"inputs of {name}= are torch.uint8") for name in FURTHER],
         *[(beside(name, labels=9), rf"{name}=: labels lie in \[9, 18\]") for name in FURTHER[:2]],
         (out_of_range, r"labels lie in \[0, 10\] and the models have 10 classes"),
