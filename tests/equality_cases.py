@@ -10,6 +10,7 @@ from typing import Any
 
 import fits
 from lightning.pytorch.loggers import CSVLogger
+from quantized_nets import SequenceNet
 from short_fits import read_csv
 
 from lightning_compress.callbacks import CompressionMonitor
@@ -28,6 +29,7 @@ class Case:
 
 
 DOUBLE = {"precision": "64-true"}
+ATTENTION = {"kind": "attention"}
 CASES = [
     Case("masks", "masks", "ddp", DOUBLE),
     Case("soft_masks", "soft masks", "ddp", DOUBLE),
@@ -100,6 +102,14 @@ CASES = [
     Case("learned_steps", "lsq", "ddp", DOUBLE),
     Case("learned_bits", "learned bits", "ddp", DOUBLE),
     Case("fsdp2_refuses_learned_bits", "learned bits", "fsdp2", {}, "sharded"),
+    Case("int8_gates_of_an_lstm", "int8, gates", "ddp", {**DOUBLE, "model": SequenceNet}),
+    Case(
+        "learned_steps_of_attention", "lsq", "ddp", {**DOUBLE, "model": SequenceNet, "hparams": {"kind": "attention"}}
+    ),
+    Case("after_training", "after training", "ddp", DOUBLE),
+    Case("after_training_fp32", "after training", "ddp"),
+    Case("fsdp2_refuses_after_training", "after training", "fsdp2", {}, "sharded"),
+    Case("fsdp1_refuses_after_training", "after training", "fsdp1", {}, "sharded"),
     Case("percentile_ranges", "percentile", "ddp", DOUBLE),
     Case("int8_masks_distillation", "int8, masks, distillation", "ddp", DOUBLE),
     Case("learned_steps_channels", "lsq, channels", "ddp", DOUBLE),

@@ -26,12 +26,14 @@ from lightning_compress.callbacks import (
     JointCompression,
     LearnedBitWidths,
     LowRank,
+    PostTrainingQuantization,
     Pruning,
     QuantizationAwareTraining,
 )
 from lightning_compress.callbacks.base import CompressionCallback
 from lightning_compress.callbacks.strategies import StrategyAdapter
 from lightning_compress.callbacks.testing import CPUFSDPStrategy, TinyNet, rank, tiny_loader, weight_norm
+from lightning_compress.quantization import attachment
 from lightning_compress.quantization.spec import QuantSpec
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -211,6 +213,11 @@ TECHNIQUES: dict[str, Callable[[], list[CompressionCallback]]] = {
     "int8": lambda: [QuantizationAwareTraining(**QAT)],
     "int8, from the start": lambda: [QuantizationAwareTraining(schedule=lc.Schedule(begin=0))],
     "int8_dynamic": lambda: [QuantizationAwareTraining("int8_dynamic", **QAT)],
+    "int8, gates": lambda: [
+        QuantizationAwareTraining(
+            plan={"net": {"weights": QuantSpec(granularity="gate"), "activations": "int8"}}, **QAT
+        )
+    ],
     "lsq": lambda: [QuantizationAwareTraining("w2a2_lsq", **QAT)],
     "learned bits": lambda: [
         LearnedBitWidths(
@@ -226,6 +233,7 @@ TECHNIQUES: dict[str, Callable[[], list[CompressionCallback]]] = {
     "int8, masks, distillation": lambda: [
         Distillation(teacher()), QuantizationAwareTraining(**QAT), Pruning(0.8, schedule=MASKS),
     ],
+    "after training": lambda: [PostTrainingQuantization("nagel_w8a8_per_channel", samples=48)],
     "lsq, channels": lambda: [
         QuantizationAwareTraining("w2a2_lsq", **QAT), ChannelPruning(keep_macs=0.5, schedule=LATE_CUTS),
     ],
@@ -318,10 +326,22 @@ def outcome(module: L.LightningModule, trainer: L.Trainer) -> dict[str, Any]:
     norm = torch.tensor(weight_norm(mine), dtype=torch.float64)
     if sharded:
         dist.all_reduce(norm)
+    ranges = {} if sharded else _ranges(module)
     return {
         "weights": {} if sharded else {n: p.detach().clone() for n, p in module.named_parameters()},
+        "ranges": ranges,
         "norm": float(norm),
         "edits": copy.deepcopy(manifest.of(module)["edits"]),
         "masks": copy.deepcopy(module.__dict__.get("_lc_masks", {})),
         "steps": trainer.global_step,
+    }
+
+
+def _ranges(module: L.LightningModule) -> dict[str, torch.Tensor]:
+    """What quantizers have committed: minima and maxima, by layer, slot and name."""
+    return {
+        f"{name}.{end}": buffer.detach().clone()
+        for name, quantizer in attachment.quantizers(module).items()
+        for end, buffer in quantizer.named_buffers()
+        if end in ("lo", "hi")
     }

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress import layers
+from lightning_compress.callbacks.testing import TinyNet
 from lightning_compress.probe import ExampleCall
 from lightning_compress.quantization import attachment
 from lightning_compress.quantization.observers import commit_all
@@ -46,6 +47,27 @@ class Encoder(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.head(self.block(self.embedding(tokens)))
+
+
+class SequenceNet(TinyNet):
+    """Classes of images that are read as sequences: row by row, or as 16 brightness levels with an embedding."""
+
+    def __init__(self, kind: str = "LSTM", lr: float = 1e-2, optimizer: str = "sgd") -> None:
+        super().__init__(8, lr, optimizer)
+        self.save_hyperparameters()
+        self.kind, self.head = kind, nn.Linear(16, 4)
+        if kind == "attention":
+            encoder = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+            self.net = nn.Sequential(nn.Embedding(11, 16), encoder)
+        else:
+            self.net = getattr(nn, kind)(8, 16, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "attention":
+            y = self.net((x[:, 0, ::2, ::2].flatten(1) * 2 + 5).long().clamp(0, 10))
+        else:
+            y = self.net(x.squeeze(1))[0]
+        return self.head(y.mean(1))
 
 
 def image_calls(count: int = 3, batch: int = 4) -> list[ExampleCall]:

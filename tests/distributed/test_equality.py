@@ -51,6 +51,7 @@ def test_the_ranks_are_identical(case: Case) -> None:
     assert manifest.equal(first["masks"], second["masks"])
     assert manifest.equal(first["edits"], second["edits"])
     assert manifest.equal(first["weights"], second["weights"])
+    assert manifest.equal(first["ranges"], second["ranges"])
     assert first["digests"] == second["digests"]  # after each event and in each step, bf16 too
 
 
@@ -62,10 +63,22 @@ def test_one_process_equals_two(case: Case) -> None:
     assert two["steps"] == one["steps"]
     assert manifest.equal(two["edits"], one["edits"])
     assert manifest.equal(two["masks"], one["masks"])
+    torch.testing.assert_close(two["ranges"], one["ranges"], rtol=max(tolerance, 1e-6), atol=0)  # kept in fp32
     torch.testing.assert_close(two["losses"], one["losses"], rtol=tolerance, atol=0)
     assert two["norm"] == pytest.approx(one["norm"], rel=tolerance)
     if double:
         torch.testing.assert_close(two["weights"], one["weights"], rtol=1e-9, atol=1e-12)
+
+
+QUANTIZED = ["int8", "int8_fp32", "percentile_ranges", "int8_gates_of_an_lstm", "after_training"]
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_ranges_are_those_of_the_data_of_all_ranks(name: str) -> None:
+    """What is compared is there, and has moved away from zero."""
+    ranges = ranks(case_of(name))[0]["ranges"]
+    assert ranges
+    assert all(bool((high > 0).all()) for end, high in ranges.items() if end.endswith("input.hi"))
 
 
 COUNTS = [
@@ -104,6 +117,8 @@ def test_sharded_strategies_refuse_structure_in_mid_fit(name: str) -> None:
         ("fsdp1_refuses_manual", "Use ModelParallelStrategy (FSDP2)"),
         ("fsdp2_refuses_rollback", "action='pause'"),
         ("fsdp2_refuses_adversarial", "Use strategy='ddp'"),
+        ("fsdp2_refuses_after_training", "call lc.quantize(model, data)"),
+        ("fsdp1_refuses_after_training", "call lc.quantize(model, data)"),
     ],
 )
 def test_sharded_strategies_refuse_what_they_cannot_do_and_name_the_way_out(name: str, says: str) -> None:
