@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
@@ -32,8 +33,9 @@ class PostTrainingQuantization(CompressionCallback):
     """Quantizes the trained model when the fit ends, with calibration samples of the training data.
 
     The model in the Trainer is then one with quantizers, as after `QuantizationAwareTraining`: validate it, save it,
-    and make it really integer with `lc.export`. Only what is saved after the end of training has them; files of
-    ModelCheckpoint from before are in full precision, and `lc.quantize` does the same to a model that was loaded.
+    and make it really integer with `lc.export`. Only what is saved after the end of training has them, such as the
+    file `save_to`; files of ModelCheckpoint from before are in full precision, and `lc.quantize` does the same to a
+    model that was loaded.
 
     Args:
         scheme: A preset (``"int8_static"``, ``"int8_dynamic"``, ``"w4a8"``, ...), a scheme of the literature, a
@@ -46,6 +48,7 @@ class PostTrainingQuantization(CompressionCallback):
         samples: How many samples.
         targets: Name patterns or types of the layers to quantize.
         exclude: Name patterns or types to leave out.
+        save_to: A file that the quantized model is written to, as a checkpoint without the optimizer.
         name: Tells two instances apart.
 
     Raises:
@@ -68,6 +71,7 @@ class PostTrainingQuantization(CompressionCallback):
         samples: int = 512,
         targets: Sequence[str] = ("*",),
         exclude: Sequence[str] = (),
+        save_to: str | Path | None = None,
         name: str | None = None,
     ) -> None:
         super().__init__(name)
@@ -79,7 +83,7 @@ class PostTrainingQuantization(CompressionCallback):
         as_patterns("targets", targets)
         as_patterns("exclude", exclude)
         self.scheme, self.steps, self.calibration, self.samples = scheme, steps, calibration, samples
-        self.targets, self.exclude = targets, exclude
+        self.targets, self.exclude, self.save_to = targets, exclude, save_to
 
     def reset(self) -> None:
         """See `CompressionCallback.reset`."""
@@ -134,6 +138,8 @@ class PostTrainingQuantization(CompressionCallback):
                 seconds=seconds(),
             )  # fmt: skip
         run.emit(record)
+        if self.save_to is not None and not run.is_trial:
+            run.trainer.save_checkpoint(self.save_to, weights_only=True)
 
     def _quantize(self, run: Coordinator, calls: Sequence[ExampleCall]) -> tuple[nn.Module, Report]:
         model, report = quantize_with_report(

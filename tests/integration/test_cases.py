@@ -23,6 +23,7 @@ from lightning_compress.callbacks import (
     Distillation,
     JointCompression,
     LowRank,
+    PostTrainingQuantization,
     Pruning,
 )
 from lightning_compress.callbacks.base import CompressionCallback
@@ -61,6 +62,7 @@ TECHNIQUES: dict[str, Make] = {
     "branches": lambda folder: fits.TECHNIQUES["branches"](),
     "int8": lambda folder: fits.TECHNIQUES["int8"](),
     "int8, dynamic": lambda folder: fits.TECHNIQUES["int8_dynamic"](),
+    "int8, after training": lambda folder: fits.TECHNIQUES["after training"](),
     "learned steps": lambda folder: fits.TECHNIQUES["lsq"](),
     "learned bits": lambda folder: fits.TECHNIQUES["learned bits"](),
     "int8, masks, distillation": lambda folder: fits.TECHNIQUES["int8, masks, distillation"](),
@@ -202,7 +204,7 @@ def test_two_optimizers(technique: str, ours: list[CompressionCallback]) -> None
             if isinstance(callback, JointCompression):
                 callback.criterion = "energy"
     for callback in ours:
-        if isinstance(callback, CompactConversion):
+        if isinstance(callback, CompactConversion | PostTrainingQuantization):
             callback.calibration = [tiny_data().tensors[0]]
     _, module = train(ours, TwoOptimizers())
     check(technique, module)

@@ -154,14 +154,38 @@ def test_a_second_fit_goes_on_quantized() -> None:
     assert len(manifest.edits_of(module)) == 2
 
 
-def test_an_average_has_ranges_of_its_own_time() -> None:
+class Follow(L.Callback):
+    """Averages what quantizers hold by itself, from the step on in which they begin."""
+
+    def __init__(self, average: EMAWeightAveraging) -> None:
+        self.average, self.wanted = average, dict[str, Tensor]()
+
+    @staticmethod
+    def tensors(module: nn.Module) -> dict[str, Tensor]:
+        found = attachment.quantizers(module).items()
+        return {f"{name}.{n}": t.detach().clone() for name, q in found for n, t in q.state_dict(keep_vars=True).items()}
+
+    def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
+        if trainer.global_step == 5:
+            self.wanted = self.tensors(pl_module)
+            assert manifest.equal(self.tensors(self.average._average_model.module), self.wanted)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        now = self.tensors(pl_module)
+        self.wanted = {name: (self.wanted[name] + now[name]) / 2 for name in self.wanted}
+        self.last = now
+
+
+@pytest.mark.parametrize("preset", ["int8_static", "w2a2_lsq"])
+def test_an_average_has_the_mean_of_ranges_and_steps_since_quantization_began(preset: Any) -> None:
     average = EMAWeightAveraging(decay=0.5)
-    _, module = run([average, QuantizationAwareTraining("w2a2_lsq", **fits.QAT)])
-    for name, quantizer in attachment.quantizers(module).items():
-        assert quantizer.enabled, name
-        for tensor in (*quantizer.parameters(), *quantizer.buffers()):
-            assert torch.isfinite(tensor).all()
-    assert torch.isfinite(module.eval()(X)).all()
+    follow = Follow(average)
+    _, module = run([average, follow, QuantizationAwareTraining(preset, **{**fits.QAT, "freeze_ranges": None})])
+    found = follow.tensors(module)
+    assert all(quantizer.enabled for quantizer in attachment.quantizers(module).values())
+    torch.testing.assert_close(found, follow.wanted, rtol=1e-5, atol=1e-7)
+    moving = [name for name in found if not torch.allclose(found[name], follow.last[name], rtol=1e-4)]
+    assert len(moving) >= 2  # the last ones are others
 
 
 def test_masked_weights_stay_exactly_zero_when_quantized() -> None:
@@ -374,6 +398,14 @@ def test_post_training_quantization_ends_a_fit(tmp_path: Path) -> None:
     loaded = lc.load_from_checkpoint(TinyNet, tmp_path / "last.ckpt")
     assert torch.equal(loaded.eval()(X), module.eval()(X))
     assert not torch.equal(module(X), run([])[1].eval()(X))
+
+
+def test_post_training_quantization_writes_a_file_of_its_own(tmp_path: Path) -> None:
+    _, module = run([PostTrainingQuantization(samples=16, save_to=tmp_path / "small.ckpt")])
+    loaded = lc.load_from_checkpoint(TinyNet, tmp_path / "small.ckpt")
+    assert torch.equal(loaded.eval()(X), module.eval()(X))
+    run([PostTrainingQuantization(samples=16, save_to=tmp_path / "trial.ckpt")], fast_dev_run=True)
+    assert not (tmp_path / "trial.ckpt").exists()
 
 
 def test_post_training_quantization_leaves_no_trace_on_training() -> None:

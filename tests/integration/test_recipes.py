@@ -31,7 +31,7 @@ QUIET = [
     "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.logger=CSVLogger",
     "--trainer.logger.save_dir=logs",
 ]  # fmt: skip
-QUANTIZING = ("quantize", "learned_bits")
+QUANTIZING = ("quantize", "quantize_after_training", "learned_bits")
 WITH_TEACHER = ("assistant", "distil", "distil_in_phases", "all_in_one")
 
 
@@ -61,6 +61,7 @@ def record_of(path: Path) -> dict[str, Any]:
         "prune",
         "channel_prune",
         "quantize",
+        "quantize_after_training",
         "learned_bits",
         "distil",
         "distil_in_phases",
