@@ -65,9 +65,10 @@ class CompressionAudit(CompressionCallback):
         audits: Which, instead of those of a tier: all at the end, at validations those up to `validation_tier`.
         references: More models, as for `lightning_compress.audit`, each given like `reference`. Explanations can only
             FAIL against ``"tuned"``, the dense model trained on without compression, or ``"dense"`` of other seeds.
-        members: Training examples without augmentation, for privacy; given like `data`. At least 100 are needed, so
-            `examples` too.
-        nonmembers: Examples that were not trained on; default: those that are audited.
+        members: Training examples without augmentation, for privacy; given like `data`. At least 100 are needed.
+        nonmembers: Examples that were not trained on; default: those of `data`.
+        privacy_examples: How many members, and how many non-members, the full audit takes at most; None: all. The cheap
+            audit takes `examples`.
         ood: Inputs of another distribution.
         calibration: What calibrated the model; audited examples must not be among it.
         weights: Axis -> weight in the index.
@@ -118,6 +119,7 @@ class CompressionAudit(CompressionCallback):
         references: Mapping[str, Sequence[nn.Module | Callable[[], nn.Module] | os.PathLike[str] | str]] | None = None,
         members: Any = None,
         nonmembers: Any = None,
+        privacy_examples: int | None = 20_000,
         ood: Any = None,
         calibration: Any = None,
         weights: Mapping[str, float] | None = None,
@@ -130,16 +132,17 @@ class CompressionAudit(CompressionCallback):
         name: str | None = None,
     ) -> None:
         teaching.check_type(reference)
-        if every < 0 or min(examples, final_examples) < 1 or tier not in (0, 1, 2):
+        least = min(examples, final_examples, 1 if privacy_examples is None else privacy_examples)
+        if every < 0 or least < 1 or tier not in (0, 1, 2):
             raise ValueError(
-                f"expected every >= 0, examples >= 1, final_examples >= 1 and tier 0, 1 or 2; got every={every}, "
-                f"examples={examples}, final_examples={final_examples}, tier={tier}"
+                f"expected every >= 0, tier 0, 1 or 2 and at least 1 of all examples; got every={every}, tier={tier}, "
+                f"examples={examples}, final_examples={final_examples}, privacy_examples={privacy_examples}"
             )
         if validation_tier not in (0, 1, 2):
             raise ValueError(f"validation_tier is 0, 1 or 2; got {validation_tier!r}")
         self.validation_tier, self.options = validation_tier, dict(options or {})
         self.audits = audit_inputs.checked_audits(audits, self.options, validation_tier if every else 2)
-        self.references = audit_inputs.checked_references(references)
+        self.privacy_examples, self.references = privacy_examples, audit_inputs.checked_references(references)
         self.further = {"members": members, "nonmembers": nonmembers, "ood": ood, "calibration": calibration}
         if weights is not None:
             shares_of(weights)  # its own check, now and not after hours
@@ -167,8 +170,7 @@ class CompressionAudit(CompressionCallback):
         self.history: list[dict[str, float]] = []
         self._root: nn.Module | None = None
         self._references: dict[str, list[nn.Module]] = {}
-        self._contexts: dict[int, AuditContext] = {}
-        self._caveats: dict[int, list[str]] = {}
+        self._prepared: dict[bool, tuple[AuditContext, list[str]]] = {}  # for the cheap audit, and for the full one
         self._validations = 0
         self._sharded = False
         self._whole: WholeCopy | None = None
@@ -228,7 +230,7 @@ class CompressionAudit(CompressionCallback):
         self._validations += 1
         if self._validations % self.every:
             return
-        card = self._audit(trainer, pl_module, tier=self.validation_tier, examples=self.examples, seconds=None)
+        card = self._audit(trainer, pl_module, full=False)
         self.history.append({"step": float(trainer.global_step), **card.scalars()})
         Tracker(trainer).log_metrics(card.scalars())
         if (run := Coordinator.of(trainer)) is not None:
@@ -239,9 +241,7 @@ class CompressionAudit(CompressionCallback):
         """The full audit. Here the model is still on its device; in ``on_fit_end`` it is not."""
         if not self.final:
             return
-        tier = self.tier if self.audits is None else 2
-        card = self._audit(run.trainer, run.pl_module, tier, self.final_examples, self.seconds, cost=True)
-        self.card = card
+        self.card = card = self._audit(run.trainer, run.pl_module, full=True)
         for path in self.reports if run.trainer.is_global_zero else ():
             with audit_inputs.full_disk_is_a_warning(self.name, f"to {path!r}"):
                 card.save(path)
@@ -252,42 +252,38 @@ class CompressionAudit(CompressionCallback):
         """Let the references go."""
         self._root = self._whole = None
         self._references = {}
-        self._contexts, self._caveats = {}, {}
+        self._prepared = {}
         if self._made is not None:
             self._made.stop()
 
     # ---------------------------------------------------------------------------------------------------------- work
-    def _audit(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        tier: int,
-        examples: int,
-        seconds: float | None,
-        cost: bool = False,
-    ) -> Scorecard:
+    def _audit(self, trainer: Trainer, pl_module: LightningModule, full: bool) -> Scorecard:
         model = self._model(trainer, pl_module)
-        if examples not in self._contexts:
-            request = self._request(trainer, model, examples)
-            self._contexts[examples], self._caveats[examples] = audit_inputs.prepared(request, trainer)
-        kept = self._contexts[examples]
-        handle = replace(kept.compressed, deployed=model)
-        chosen = [one for one in (default_audits(tier) if self.audits is None else self.audits) if one.tier <= tier]
+        if full not in self._prepared:
+            self._prepared[full] = audit_inputs.prepared(self._request(trainer, model, full), trainer)
+        kept, caveats = self._prepared[full]
+        handle, caveats = replace(kept.compressed, deployed=model), list(caveats)
+        chosen = self._chosen(full)
         names = {one.name for one in chosen}
         context = replace(
-            kept, compressed=handle, budget=Budget(seconds, examples), _cache=dict(kept._cache),
+            kept, compressed=handle, budget=Budget(self.seconds if full else None), _cache=dict(kept._cache),
             options={name: given for name, given in self.options.items() if name in names},
         )  # fmt: skip
-        caveats = list(self._caveats[examples])
         context, results = run_audits(context, chosen, caveats)
         if not context.budget.truncated:  # the reference answers once; what it said is kept for the next audit
             kept._cache = {key: value for key, value in context._cache.items() if key == id(kept.dense)}
         spent: dict[str, Any] = {}
-        if cost and trainer.is_global_zero:
+        if full and trainer.is_global_zero:
             spent = cost_of(context.dense, context.compressed, context.inputs, energy=self.energy or None)
             spent["production"] = self._produced(trainer)
         identity = self._identity(context, trainer, pl_module)
         return scorecard_of(context, results, spent, caveats, self.weights, identity)
+
+    def _chosen(self, full: bool) -> list[Audit]:
+        """Those of a tier; of the user's own the full audit has all."""
+        if self.audits is None:
+            return default_audits(self.tier if full else self.validation_tier)
+        return [one for one in self.audits if full or one.tier <= self.validation_tier]
 
     def _model(self, trainer: Trainer, pl_module: LightningModule) -> nn.Module:
         """The part that is audited; under a sharded strategy that of a whole copy."""
@@ -309,17 +305,18 @@ class CompressionAudit(CompressionCallback):
         )
         return self._made.to_dict()
 
-    def _request(self, trainer: Trainer, model: nn.Module, examples: int) -> Request:
+    def _request(self, trainer: Trainer, model: nn.Module, full: bool) -> Request:
         data = audit_inputs.named(self.data, self.seed)
         if data is None:
             data = trainer.val_dataloaders
             while isinstance(data, Mapping | list | tuple) and data:
                 data = next(iter(data.values() if isinstance(data, Mapping) else data))
         further = {name: audit_inputs.named(given, self.seed) for name, given in self.further.items()}
+        examples, members = (self.final_examples, self.privacy_examples) if full else (self.examples, self.examples)
         return Request(
             self._root, model, data, task=self.task, space=self.space, normalized=self.normalized, examples=examples,
-            seed=self.seed, references=self._references, margins=self.margins, rank=trainer.global_rank,
-            world=trainer.world_size, **further,
+            privacy_examples=members, seed=self.seed, references=self._references, margins=self.margins,
+            rank=trainer.global_rank, world=trainer.world_size, **further,
         )  # fmt: skip
 
     def _identity(self, context: AuditContext, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:

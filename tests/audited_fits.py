@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -22,11 +23,26 @@ from lightning_compress.callbacks import (
     QuantizationAwareTraining,
 )
 from lightning_compress.callbacks.base import CompressionCallback
-from lightning_compress.callbacks.testing import TinyNet
+from lightning_compress.callbacks.testing import TinyNet, tiny_data
 
 CUTS = lc.Schedule(begin=3, end=9, every=6)
 MASKS = lc.Schedule(begin=2, end=10, every=2)
 ONCE = lc.Schedule(begin=5)
+
+
+def trained(model: TinyNet | None = None, steps: int = 80) -> TinyNet:
+    """A network that knows the tiny data, or a copy of one, trained on: another good model."""
+    x, y = tiny_data().tensors
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        net = TinyNet() if model is None else copy.deepcopy(model)
+        optimizer = torch.optim.Adam(net.parameters(), 1e-2)
+        for _ in range(steps):
+            chosen = torch.randperm(len(x))[:48]
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(net(x[chosen]), y[chosen]).backward()
+            optimizer.step()
+    return net
 
 
 class Says(CompressionAudit):

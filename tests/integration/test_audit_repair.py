@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,12 @@ import fits
 import lightning as L
 import pytest
 import torch
-from audited_fits import Says, adversarial, attribution, repair
+from audited_fits import Says, adversarial, attribution, repair, trained
 from rolling_back import fit
 from torch import nn
 
 from lightning_compress.audits.adversarial_term import AdversarialTerm, content_seeds, quiet
+from lightning_compress.audits.explanations import Explanations
 from lightning_compress.audits.handles import InputSpace
 from lightning_compress.callbacks import AdversarialTraining, AuditRepair, CompressionAudit, ExactResume
 from lightning_compress.callbacks.base import CompressionCallback
@@ -175,6 +177,52 @@ def test_a_real_audit_of_robustness_turns_it_on() -> None:
     fit([AdversarialTraining(eps, space, steps=2, targets=1), turned, audit, notes], epochs=3, model=TinyNet(width=4))
     assert notes.computed == [8, 9, 10, 11]
     assert any("robust" in key for key in audit.history[0])
+
+
+def explaining(dense: Any, tuned: list[Any]) -> list[Any]:
+    """A real audit of explanations every second epoch of four steps, and what acts on it."""
+    audit = CompressionAudit(
+        dense, tiny_data(64), space=(-6.0, 6.0), validation_tier=1, every=2, examples=32, final=False,
+        audits=[Explanations(("saliency",), examples=32, pictures=0)], references={"tuned": tuned},
+    )  # fmt: skip
+    return [attribution(copy.deepcopy(dense)), AuditRepair([TERMS["attribution"]], ["explanation.*"]), audit]
+
+
+def test_a_real_audit_of_explanations_turns_it_on() -> None:
+    pytest.importorskip("captum")
+    dense = trained()
+    tuned = trained(dense, steps=20)
+
+    def steps(references: list[Any], model: TinyNet) -> list[int]:
+        notes = Weights()
+        fit([*explaining(dense, references), notes], epochs=3, model=model)
+        return notes.computed
+
+    stranger = TinyNet(width=4)  # decides for other reasons
+    assert steps([tuned], copy.deepcopy(stranger)) == [8, 9, 10, 11]
+    assert not steps([tuned], copy.deepcopy(dense))  # the control: the same reasons
+    assert not steps([], copy.deepcopy(stranger))  # without a ceiling nobody can say so
+
+
+def test_a_real_audit_with_references_from_files_and_resumed_is_straight(tmp_path: Path) -> None:
+    pytest.importorskip("captum")
+    dense = trained()
+    for name, model in {"dense": dense, "tuned": trained(dense, steps=20)}.items():
+        torch.save({"state_dict": model.state_dict(), "pytorch-lightning_version": L.__version__}, tmp_path / name)
+
+    def callbacks() -> list[Any]:
+        return [ExactResume(), *explaining(tmp_path / "dense", [str(tmp_path / "tuned")])]
+
+    saving = L.pytorch.callbacks.ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    notes = Weights()
+    straight = fit([*callbacks(), saving, notes], epochs=3, resumable=True, enable_checkpointing=True)
+    assert notes.computed == [8, 9, 10, 11]
+    again = fit(callbacks(), epochs=3, resumable=True, ckpt_path=tmp_path / "epoch=1.ckpt")  # made after the audit
+    assert same(list(again.parameters()), list(straight.parameters()))
+    saved = torch.load(tmp_path / "epoch=1.ckpt", weights_only=True)
+    assert saved["state_dict"].keys() == TinyNet().state_dict().keys()
+    (state,) = (state for name, state in saved["callbacks"].items() if "CompressionAudit" in name)
+    assert state.keys() == CompressionAudit(dense).state_dict().keys()  # what all callbacks keep, and no model
 
 
 @pytest.mark.parametrize(

@@ -11,20 +11,25 @@ import fits
 import lightning as L
 import pytest
 import torch
+from audited_fits import trained
 from rolling_back import Notes, Says, cuts, equal, fit, masks
 
 import lightning_compress as lc
+from lightning_compress.audits.explanations import Explanations
+from lightning_compress.audits.forgetting import Fidelity
 from lightning_compress.callbacks import (
     AuditGate,
     CompactConversion,
+    CompressionAudit,
     Distillation,
     ExactResume,
     JointCompression,
     LearnedBitWidths,
     LowRank,
+    Pruning,
     QuantizationAwareTraining,
 )
-from lightning_compress.callbacks.testing import TinyNet, tiny_loader
+from lightning_compress.callbacks.testing import TinyNet, tiny_data, tiny_loader
 from lightning_compress.errors import CompressionError
 from lightning_compress.quantization.attachment import quantizers
 
@@ -72,6 +77,33 @@ def test_the_model_is_what_it_was_before_the_event_bit_for_bit(case: str, optimi
     fit([*EVERY[case](), Says([]), AuditGate(action="rollback"), control], optimizer=optimizer)
     assert equal(control.before[7], notes.before[7])
     assert not equal(control.after[8], notes.after[8])
+
+
+@pytest.mark.parametrize("metric", ["fidelity.accuracy", "explanation.agreement"])
+def test_a_real_audit_takes_an_event_back(metric: str) -> None:
+    pytest.importorskip("captum")
+    dense = trained()
+    tuned = trained(dense, steps=20)
+
+    def pruned(sparsity: float) -> tuple[AuditGate, Notes]:
+        audit = CompressionAudit(
+            dense, tiny_data(64), space=(-6.0, 6.0), validation_tier=1, examples=64, final=False,
+            margins={"explanation.agreement": 0.1}, references={"tuned": [tuned]},
+            audits=[Fidelity(), Explanations(("saliency",), examples=32, pictures=0)],
+        )  # fmt: skip
+        gate, notes = AuditGate(metrics=(metric,), action="rollback"), Notes()
+        once = lc.Schedule(begin=7, curve="constant")
+        fit([Pruning(sparsity, schedule=once), audit, gate, notes], epochs=3, model=copy.deepcopy(dense))
+        return gate, notes
+
+    gate, notes = pruned(0.9)  # the second audit is made right after the event, a step later
+    (entry,) = gate.history
+    assert (entry["failed"], entry["rejected"], entry["back_to"]) == ([metric], {"Pruning": [7]}, 7)
+    assert equal(notes.before[7], notes.after[8])
+    assert not equal(notes.before[7], notes.before[8])
+    gate, notes = pruned(0.05)  # the control: nothing is lost
+    assert not gate.history
+    assert not equal(notes.before[7], notes.after[8])
 
 
 def test_the_event_is_not_repeated_and_the_schedule_goes_on() -> None:
