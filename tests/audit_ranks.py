@@ -37,7 +37,10 @@ def audited(strategy: Any = "auto", double: bool = True, model: type[TinyNet] = 
     world, here = int(os.environ.get("WORLD_SIZE", "1")), rank()
     torch.manual_seed(0)
     module, reference = model(width=4), TinyNet(width=8)
-    given: dict[str, Any] = {"tier": 2, "options": FULL} if double else {"tier": 0, "space": (-6.0, 6.0)}
+    given: dict[str, Any] = {"tier": 0, "space": (-6.0, 6.0)}
+    if double:
+        populations = {"members": tiny_data(121, seed=5), "nonmembers": tiny_data(107, seed=7)}
+        given = {"tier": 2, "options": FULL, "ood": tiny_data(9, seed=6), **populations}
     audit = CompressionAudit(reference, data=tiny_data(51, seed=3), examples=20, **given)
     trainer = L.Trainer(
         max_epochs=2, accelerator="cpu", devices=1 if world == 1 else world, strategy=strategy, logger=False,

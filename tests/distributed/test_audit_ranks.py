@@ -52,7 +52,13 @@ def test_audits_of_every_tier_are_compared_on_fewer_examples_than_there_are() ->
     assert one["outcomes"].keys() >= {"robustness", "corruptions", "robustness_curve", "explanations"}
     assert len(one["outcomes"]["explanations"]["ids"]) in (5, 13)
     assert one["numbers"]["explanation.max_sensitivity"][-1] == 5
-    assert "supply_chain.dormant_trigger" in one["numbers"]
+    wanted = {
+        "supply_chain.dormant_trigger",
+        "supply_chain.suspicious_labels",
+        "privacy.auc",
+        "calibration.ood_auroc_energy",
+    }
+    assert wanted <= one["numbers"].keys()
     assert "moved_most_integrated_gradients" in one["shown"]["explanations"]
 
 
