@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import nn
 
 from lightning_compress import manifest
@@ -269,7 +270,7 @@ class CompressionAudit(CompressionCallback):
             kept, compressed=handle, budget=Budget(self.seconds if full else None), _cache=dict(kept._cache),
             options={name: given for name, given in self.options.items() if name in names},
         )  # fmt: skip
-        context, results = run_audits(context, chosen, caveats)
+        context, results = run_audits(context, chosen, caveats, say=lambda line: rank_zero_info(f"{self.name}: {line}"))
         if not context.budget.truncated:  # the reference answers once; what it said is kept for the next audit
             kept._cache = {key: value for key, value in context._cache.items() if key == id(kept.dense)}
         spent: dict[str, Any] = {}

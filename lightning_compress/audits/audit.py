@@ -20,6 +20,7 @@ from lightning_compress.audits.context import Audit as Audit
 from lightning_compress.audits.context import AuditContext as AuditContext
 from lightning_compress.audits.context import Budget as Budget
 from lightning_compress.audits.data import Prepare
+from lightning_compress.audits.forecast import forecast, in_words
 from lightning_compress.audits.gates import gates_of, index_of
 from lightning_compress.audits.guard import audit_context
 from lightning_compress.audits.handles import InputSpace
@@ -166,7 +167,7 @@ def audit(
     context = prepare(request, caveats)
     with ProgressBar(len(chosen) + 1 + cost, enabled=progress) as bar:
         context = replace(context, progress=bar.inside)
-        context, results = run_audits(context, chosen, caveats, bar.step, cache)
+        context, results = run_audits(context, chosen, caveats, bar.step, cache, bar.say)
         spent: dict[str, Any] = {}
         if cost:
             bar.step("cost")
@@ -183,6 +184,7 @@ def run_audits(
     caveats: list[str],
     step: Callable[[str], None] = lambda message: None,
     cache: PathLike | None = None,
+    say: Callable[[str], None] = lambda message: None,
 ) -> tuple[AuditContext, list[AuditResult]]:
     """Run audits inside of the guard; one that cannot be done is listed as skipped, with its reason.
 
@@ -192,6 +194,7 @@ def run_audits(
         caveats: What the reader has to know is added to it.
         step: Is told which audit begins.
         cache: A folder for what the dense model does.
+        say: Is told, before the first audit, how long those of tier 1 and 2 are expected to take.
 
     Returns:
         The context, with fewer examples if the budget ended, and one result an audit.
@@ -208,10 +211,15 @@ def run_audits(
         checks = _checks(context, caveats)
         if context.tier > 0:
             context = _with_gradients(context, caveats)
+        expected = forecast(audits, context)
+        if line := in_words(expected, audits):
+            say(line)
         results = []
         for one in audits:
             step(one.name)
             results.append(_run(one, context))
+            if one.name in expected:
+                results[-1].params["seconds_expected"] = round(expected[one.name], 1)
     if context.remembered is not None:
         context.remembered.save()
         if context.remembered.note:

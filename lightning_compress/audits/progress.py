@@ -38,6 +38,12 @@ class ProgressBar:
         self._show(0.0)
         self.done += 1
 
+    def say(self, text: str) -> None:
+        """A line of its own, which stays."""
+        if self.enabled:
+            self.stream.write("\r" + f"audit: {text}".ljust(self._longest) + "\n")
+            self.stream.flush()
+
     def inside(self, message: str, share: float | None = None) -> None:
         """What the step is doing, and the share of it that is done."""
         self._show(share or 0.0, message, behind=1)

@@ -15,6 +15,7 @@ from lightning_compress.audits import sanity
 from lightning_compress.audits.attacks.noise import example_seeds
 from lightning_compress.audits.context import AuditContext
 from lightning_compress.audits.embedding_robustness import EmbeddingRobustness
+from lightning_compress.audits.forecast import GRADIENT
 from lightning_compress.audits.handles import InputSpace, ModelHandle
 from lightning_compress.audits.integrity import batch_invariance, determinism, twin_fidelity
 from lightning_compress.audits.ladder import MODELS, Ladder, Rungs, Threat, default_threat
@@ -41,7 +42,7 @@ class Robustness:
             radius that fits the size.
         norm: ``"linf"`` or ``"l2"``.
         steps: Of each gradient attack.
-        queries: Of Square.
+        queries: Of Square. `None`: 300; for a model without gradients of its own 500, and 1000 in an audit of tier 2.
         targets: Classes for targeted APGD, the likeliest wrong ones; 0: none. `None`: 3 in an audit of tier 2, else 0.
         restarts: Random starts.
         sanity: Make the checks that cost attacks of their own.
@@ -72,6 +73,14 @@ class Robustness:
         self.settings = {"steps": steps, "restarts": restarts, "batch_size": batch_size}
         self.queries, self.targets = queries, targets
 
+    def asks(self, context: AuditContext) -> float:
+        """Answers, see `forecast`: two runs of APGD, one of PGD, and Square, of which half the examples fall early."""
+        if not isinstance(context.inputs, Tensor) or not context.inputs.is_floating_point():
+            return 0.0
+        gradients = 3 * int(self.settings["steps"]) * int(self.settings["restarts"])
+        queries = sum(self._queries(context, getattr(context, name)) for name in MODELS)
+        return len(context) * (2 * GRADIENT * gradients + queries) / 2
+
     def run(self, context: AuditContext) -> AuditResult:
         """Attack both models; of token models the embeddings, which is a bound and is called so."""
         started = time.perf_counter()
@@ -97,9 +106,14 @@ class Robustness:
         checks = {name: self._checks(context, name, x[:done], seeds[:done], threat, whole[name]) for name in MODELS}
         return self._report(context, whole, matrix, checks, threat, done, time.perf_counter() - started)
 
-    def _threat(self, handle: ModelHandle, threat: Threat) -> Threat:
+    def _threat(self, context: AuditContext, handle: ModelHandle, threat: Threat) -> Threat:
+        return replace(threat, queries=self._queries(context, handle))
+
+    def _queries(self, context: AuditContext, handle: ModelHandle) -> int:
         """Without a gradient of its own a model gets more queries: Square is then no mere check."""
-        return replace(threat, queries=self.queries or (300 if handle.via == "direct" else 1000))
+        if self.queries or handle.via == "direct":
+            return self.queries or 300
+        return 1000 if context.tier > 1 else 500
 
     def _block(
         self, context: AuditContext, x: Tensor, y: Tensor, seeds: Tensor, threat: Threat
@@ -107,7 +121,7 @@ class Robustness:
         """All attacks on some of the examples, and the outcome of each (source, target)."""
         handles = {name: getattr(context, name) for name in MODELS}
         ladders = {
-            name: Ladder(handle, context.task, x, y, seeds, self._threat(handle, threat))
+            name: Ladder(handle, context.task, x, y, seeds, self._threat(context, handle, threat))
             for name, handle in handles.items()
         }
         sources: dict[str, Tensor] = {}
@@ -148,7 +162,7 @@ class Robustness:
             checks.append(twin_fidelity(handle, x, task, y))
         checks += sanity.gradients_beat_the_rest(everywhere)
         if self.sanity:
-            own = self._threat(handle, threat)
+            own = self._threat(context, handle, threat)
 
             def alone() -> dict[str, Tensor]:
                 made = [
@@ -178,7 +192,7 @@ class Robustness:
         words: dict[str, Any] = {
             "access": "white box" if handle.via == "direct" else "white box of the twin, black box of what ships",
             "norm": threat.norm, "eps": threat.eps, "unit": "raw" if threat.scale is None else "range of each entry",
-            "steps": threat.steps, "queries": self._threat(handle, threat).queries, "via": handle.via,
+            "steps": threat.steps, "queries": self._threat(context, handle, threat).queries, "via": handle.via,
             "attacks": list(found["compressed"].after),
         }  # fmt: skip
         trust = checks["compressed"] + [Check(f"dense: {c.check}", c.ok, c.detail) for c in checks["dense"]]

@@ -17,6 +17,7 @@ from lightning_compress.audits.attacks.noise import derive, example_seeds
 from lightning_compress.audits.attacks.oracle import Oracle
 from lightning_compress.audits.attacks.square_search import square
 from lightning_compress.audits.context import AuditContext
+from lightning_compress.audits.forecast import GRADIENT
 from lightning_compress.audits.handles import ModelHandle
 from lightning_compress.audits.ladder import MODELS, Threat, default_threat, oracle_of
 from lightning_compress.audits.remembered import from_text, to_text
@@ -68,6 +69,15 @@ class RobustnessCurve:
     ) -> None:
         self.radii, self.norm = None if radii is None else list(radii), norm
         self.settings = {"steps": steps, "queries": queries, "batch_size": batch_size}
+
+    def asks(self, context: AuditContext) -> float:
+        """Answers, see `forecast`: a third of what a loop over the radii would take."""
+        radii = len(self.radii or _SHARES)
+        total = 0.0
+        for name in MODELS:
+            soft = context.gradients(name).correlation is not None
+            total += 2 * GRADIENT * self.settings["steps"] if soft else self.settings["queries"]
+        return len(context) * radii * total / 3
 
     def run(self, context: AuditContext) -> AuditResult:
         """Follow every example of both models."""

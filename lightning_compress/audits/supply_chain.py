@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_compress.audits.comparing import compare, judged
 from lightning_compress.audits.context import AuditContext
 from lightning_compress.audits.explained import patches_of
+from lightning_compress.audits.forecast import GRADIENT
 from lightning_compress.audits.handles import ModelHandle, rows_at_once
 from lightning_compress.audits.privacy.scores import only_tensor
 from lightning_compress.audits.results import AuditResult, Metric
@@ -133,6 +134,12 @@ class DormantScan:
         if min(steps, examples, classes) < 1 or size < 0:
             raise ValueError("steps, examples and classes are at least 1, size at least 0")
         self.steps, self.examples, self.size, self.classes = steps, examples, size, classes
+
+    def asks(self, context: AuditContext) -> float:
+        """Answers, see `forecast`: in each direction both models judge the starts and give gradients at each step."""
+        logits = context.logits("dense")
+        classes = min(logits.shape[1], self.classes) if logits.dim() == 2 else 0
+        return 4.0 * classes * min(self.examples, len(context) / 2) * (GRADIENT * self.steps + _STARTS)
 
     def run(self, context: AuditContext) -> AuditResult:
         """Search in both directions for every class.
@@ -256,6 +263,9 @@ def _is_dormant(row: Mapping[str, Any]) -> bool:
     alone = row["p_adj"] < 0.05 and row["delta"] > 0
     unlike_others = row["anomaly"] > 3 and row["lo_own"] > row["others"]
     return bool(alone and unlike_others and row["compressed_only"] >= _WORKS)
+
+
+_STARTS = 33
 
 
 def _starts(x: Tensor) -> list[Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_compress.audits.attacks.noise import example_seeds
 from lightning_compress.audits.context import AuditContext
+from lightning_compress.audits.forecast import GRADIENT
 from lightning_compress.audits.handles import ModelHandle, rows_at_once
 from lightning_compress.audits.pictures import grid_png, png_artifact
 from lightning_compress.audits.privacy.reconstruction import (
@@ -72,6 +73,14 @@ class Inversion:
             raise ValueError("restarts, classes, steps and queries are at least 1")
         self.access, self.restarts, self.classes = access, restarts, classes
         self.steps, self.queries, self.smoothness = steps, queries, smoothness
+
+    def asks(self, context: AuditContext) -> float:
+        """Answers, see `forecast`: of the dense, the compressed and a random model."""
+        logits = context.logits("dense")
+        each = min(logits.shape[1], self.classes) * self.restarts if logits.dim() == 2 else 0
+        asked = query_count(self._steps("confidences"), self.queries)
+        ways = {"white_box": GRADIENT * self.steps, "confidences": asked}
+        return 3.0 * each * sum(ways[way] for way in self.access)
 
     def run(self, context: AuditContext) -> AuditResult:
         """Reconstruct, and let the evaluator judge.

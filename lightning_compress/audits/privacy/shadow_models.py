@@ -55,6 +55,7 @@ class LikelihoodRatio:
         if shadows < 4:
             raise ValueError(f"at least four shadow models are needed; got {shadows}")
         self.factory, self.shadows, self.online = factory, shadows, online
+        self.besides = f"trains {shadows} shadow models"
 
     def run(self, context: AuditContext) -> AuditResult:
         """Train the shadows and attack.
