@@ -467,6 +467,17 @@ def test_calibration_sees_what_the_step_sees() -> None:
     assert float(attachment.quantizers(module)["net.0.input"].get_buffer("hi")) > 90
 
 
+@pytest.mark.parametrize("kind", ["fsdp2", "fsdp1", "deepspeed"])
+def test_post_training_quantization_of_parts_of_weights_is_refused_before_training(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning_compress.callbacks.strategies.kind_of", lambda strategy: kind)
+    module = TinyNet()
+    with pytest.raises(lc.CompressionError, match=r"call lc\.quantize\(model, data\)"):
+        run([PostTrainingQuantization(samples=16)], module)
+    assert module.trainer.global_step == 0
+
+
 def test_averaged_weights_come_first() -> None:
     _, module = run([EMAWeightAveraging(decay=0.5), PostTrainingQuantization(samples=16)])
     assert attachment.quantizers(module)
