@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 from html.parser import HTMLParser
@@ -156,16 +157,23 @@ def test_files_that_cannot_be_read_or_written(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(ValueError, match="saved as one of"):
         card().save(tmp_path / "card.pdf")
 
-    def full(*args: Any, **kwargs: Any) -> None:
-        raise OSError(28, "No space left on device")
+    whole = Path.write_text
 
-    (tmp_path / "card.html").write_text("the old one")
+    def full(self: Path, text: str, *args: Any, **kwargs: Any) -> None:
+        whole(self, text[: len(text) // 2], *args, **kwargs)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for suffix in ("html", "json", "md"):
+        (tmp_path / f"card.{suffix}").write_text("the old one")
     monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(OSError, match="No space left"):
-        card().save(tmp_path / "card.html")
+    for name in ("card.html", "card.json", "card.md", "new.html", "new.json", "new.md"):
+        with pytest.raises(OSError, match="No space left"):
+            card().save(tmp_path / name)
     monkeypatch.undo()
-    assert [p.name for p in tmp_path.iterdir()] == ["card.html"]
-    assert (tmp_path / "card.html").read_text() == "the old one"
+    assert {path.read_text() for path in tmp_path.iterdir()} == {"the old one"}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["card.html", "card.json", "card.md"]  # nothing half written
+    card().save(tmp_path / "card.json")
+    assert Scorecard.load(tmp_path / "card.json") == Scorecard.from_dict(card().to_dict())
 
 
 # ---------------------------------------------------------------------------------------------------------------- HTML
