@@ -71,7 +71,10 @@ class RobustnessCurve:
         self.settings = {"steps": steps, "queries": queries, "batch_size": batch_size}
 
     def asks(self, context: AuditContext) -> float:
-        """Answers, see `forecast`: a third of what a loop over the radii would take."""
+        """Answers, see `forecast`: a third of what a loop over the radii would take; none where it will be refused."""
+        x = context.inputs
+        if context.task.name != "classification" or not isinstance(x, Tensor) or not x.is_floating_point():
+            return 0.0
         radii = len(self.radii or _SHARES)
         total = 0.0
         for name in MODELS:

@@ -454,6 +454,10 @@ def test_corruptions_hurt_more_with_severity_and_do_not_depend_on_the_batch() ->
     for name in names(large):
         assert corrupt(large, name, 3, space=UNIT, seeds=seeds[:2]).shape == large.shape
     with pytest.raises(CompressionError, match="is none of"):
+    curve = RobustnessCurve(steps=1)
+    assert (curve.asks(given), Robustness().asks(given)) == (0, 0)  # no time is forecast for what cannot be done
+    with pytest.raises(CompressionError, match="tokens"):
+        run(curve, given)
         corrupt(x, "fog", 1, space=UNIT, seeds=seeds)
     with pytest.raises(CompressionError, match="from 1 to 5"):
         corrupt(x, "contrast", 6, space=UNIT, seeds=seeds)
