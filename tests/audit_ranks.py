@@ -41,13 +41,18 @@ def audited(strategy: Any = "auto", double: bool = True, model: type[TinyNet] = 
     if double:
         populations = {"members": tiny_data(121, seed=5), "nonmembers": tiny_data(107, seed=7)}
         given = {"tier": 2, "options": FULL, "ood": tiny_data(9, seed=6), **populations}
-    audit = CompressionAudit(reference, data=tiny_data(51, seed=3), examples=20, **given)
+    others = {name: [TinyNet(width=6)] for name in ("tuned", "compressed", "out")}
+    audit = CompressionAudit(
+        reference, data=tiny_data(51, seed=3), examples=20, references=others,
+        report=f"{__file__}/nowhere.html" if world > 1 else None, **given,  # cannot be written, which ends no process
+    )  # fmt: skip
     trainer = L.Trainer(
         max_epochs=2, accelerator="cpu", devices=1 if world == 1 else world, strategy=strategy, logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, callbacks=[audit],
         use_distributed_sampler=False, precision="64-true" if double else 32,
     )  # fmt: skip
     trainer.fit(module, tiny_loader(world_size=world, rank=here), tiny_loader(world_size=world, rank=here))
+    assert trainer.state.finished
     assert audit.card is not None
     numbers = {
         f"{m.family}.{m.name}": [v for v in (m.value, m.lo, m.hi, m.n) if v is not None]
