@@ -191,7 +191,7 @@ def test_members_that_are_non_members_are_refused(models: tuple[nn.Module, nn.Mo
         run(Membership(), without)
 
 
-def test_lira_finds_more_than_a_threshold_and_shadows_have_to_be_compressed_alike(
+def test_lira_with_shadows_that_are_compressed_alike_finds_more_than_a_threshold(
     models: tuple[nn.Module, nn.Module, nn.Module],
 ) -> None:
     where = context(*models[:2], some(0, 400), some(400, 800))
