@@ -14,7 +14,7 @@ from torch import nn
 from lightning_compress import manifest
 from lightning_compress.audits.audit import default_audits
 from lightning_compress.audits.context import Audit, AuditContext
-from lightning_compress.audits.preparing import Request, prepare
+from lightning_compress.audits.preparing import Request, check_kinds, prepare
 from lightning_compress.audits.shares import shared
 from lightning_compress.callbacks import teaching
 from lightning_compress.callbacks.coordinator import Coordinator
@@ -77,6 +77,7 @@ def checked_references(references: Any) -> dict[str, list[Any]]:
                 f"references are models that were trained already: paths, modules or functions; got {given!r:.80}"
             )
         teaching.check_type(given)
+    check_kinds(references or {})
     return {group: list(several) for group, several in (references or {}).items()}
 
 

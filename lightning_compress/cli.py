@@ -71,11 +71,14 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--task", help="default: what answers and targets look like")
     one.add_argument("--tier", type=int, default=1, choices=(0, 1, 2), help="0: seconds, 1: a minute, 2: minutes")
     one.add_argument("--examples", type=int, default=1000)
+    one.add_argument("--privacy-examples", type=int, default=20_000, help="of members and of non-members, at most")
     one.add_argument("--batch-size", type=int, default=256, help="examples a call")
     one.add_argument("--seconds", type=float, help="time for all audits; what is cut short says so")
     one.add_argument("--seed", type=int, default=0)
     one.add_argument("--margin", action="append", default=[], metavar="FAMILY.METRIC=VALUE", help="may be repeated")
-    one.add_argument("--weight", action="append", default=[], metavar="AXIS=VALUE", help="in the index; may be repeated")
+    one.add_argument(
+        "--weight", action="append", default=[], metavar="AXIS=VALUE", help="in the index; may be repeated"
+    )
     one.add_argument(
         "--option", action="append", default=[], metavar="AUDIT.ARGUMENT=VALUE",
         help="an argument of one audit, such as robustness.eps=0.03; may be repeated",
@@ -115,6 +118,7 @@ def _audit(options: argparse.Namespace) -> int:
         task=options.task,
         tier=options.tier,
         examples=options.examples,
+        privacy_examples=options.privacy_examples,
         seconds=options.seconds,
         seed=options.seed,
         cache=options.cache,

@@ -23,6 +23,11 @@ Space = InputSpace | tuple[Any, Any] | None
 _NUMBERS_HELD = 1 << 29  # of members, and of non-members: 2 GiB of float32, 3,566 images of 3 x 224 x 224
 
 
+KINDS = ("tuned", "dense", "compressed", "evaluator", "out", "random")
+"""Of references: the dense model trained on; other seeds of each; who judges inversions; trained without the members;
+random weights."""
+
+
 @dataclass(eq=False)
 class Request:
     """What `lc.audit` was asked for; see there."""
@@ -52,6 +57,17 @@ class Request:
     privacy_examples: int | None = 20_000
 
 
+def check_kinds(references: Mapping[str, Any]) -> None:
+    """Refuse references that no audit would look at.
+
+    Raises:
+        ValueError: With the kinds that there are.
+    """
+    unknown = sorted(set(references) - set(KINDS))
+    if unknown:
+        raise ValueError(f"references are of the kinds {', '.join(KINDS)}; no audit would use {unknown[0]!r}")
+
+
 def prepare(request: Request, caveats: list[str]) -> AuditContext:
     """Collect the examples, wrap the models, and check that they belong together.
 
@@ -67,6 +83,7 @@ def prepare(request: Request, caveats: list[str]) -> AuditContext:
     found = collect(request.data, split, request.examples, request.seed, request.rank, request.world)
     space, found = _spaced(request, found, caveats)
     handles = {name: _handle(getattr(request, name), request, space) for name in ("dense", "compressed")}
+    check_kinds(request.references)
     others = {key: [_handle(model, request, space) for model in group] for key, group in request.references.items()}
     modules = [m for h in (*handles.values(), *(h for group in others.values() for h in group)) for m in h.modules]
     with audit_context(*modules, seed=request.seed):

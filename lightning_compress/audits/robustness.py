@@ -13,6 +13,8 @@ from torch import Tensor
 
 from lightning_compress.audits import sanity
 from lightning_compress.audits.attacks.noise import example_seeds
+from lightning_compress.audits.attacks.with_autoattack import autoattack
+from lightning_compress.audits.attacks.with_torchattacks import torchattacks_attack
 from lightning_compress.audits.context import AuditContext
 from lightning_compress.audits.embedding_robustness import EmbeddingRobustness
 from lightning_compress.audits.forecast import GRADIENT
@@ -48,6 +50,8 @@ class Robustness:
         sanity: Make the checks that cost attacks of their own.
         thorough: Among them that twice the steps find hardly more, which takes twice as long.
         batch_size: Most rows in one call of a model; changes no result.
+        foreign: Attacks of other libraries besides, each on all examples: names of torchattacks such as ``"CW"``, or
+            ``"pyautoattack"``. They see all examples together, so that results may depend on which these are.
 
     Example:
         >>> Robustness(eps=0.1, steps=10).name
@@ -68,7 +72,11 @@ class Robustness:
         sanity: bool = True,
         thorough: bool = False,
         batch_size: int = 64,
+        foreign: Sequence[str] = (),
     ) -> None:
+        if isinstance(foreign, str):
+            raise ValueError(f"foreign is a list of names, such as ['CW']; got {foreign!r}")
+        self.foreign = tuple(foreign)
         self.eps, self.norm, self.sanity, self.thorough = eps, norm, sanity, thorough
         self.settings = {"steps": steps, "restarts": restarts, "batch_size": batch_size}
         self.queries, self.targets = queries, targets
@@ -147,6 +155,8 @@ class Robustness:
                 matrix[source, "twin"] = context.task.correct(twin.predict(points), y)
         for ladder in ladders.values():
             ladder.black_box()
+            for name in self.foreign:
+                ladder.offer(name, _foreign(name, ladder))
         return {name: ladder.finish(x) for name, ladder in ladders.items()}, matrix
 
     def _checks(
@@ -245,6 +255,19 @@ class Robustness:
                     f"not depend on the scale of logits, others would call such examples robust"
                 )
         return said
+
+
+def _foreign(name: str, ladder: Ladder) -> Tensor:
+    """Points that an attack of another library finds."""
+    threat = ladder.threat
+    if threat.scale is not None:
+        raise CompressionError(
+            f"{name} knows one radius for all columns, and tables have one for each; leave foreign= out, or give eps="
+        )
+    common: dict[str, Any] = {"eps": threat.eps, "norm": threat.norm, "space": threat.space, "seeds": ladder.seeds}
+    if name == "pyautoattack":
+        return autoattack(ladder.soft, ladder.ball.x, ladder.y, **common)
+    return torchattacks_attack(name, ladder.soft, ladder.ball.x, ladder.y, steps=threat.steps, **common)
 
 
 def plain_threat(threat: Threat) -> dict[str, Any]:

@@ -134,6 +134,7 @@ def test_values_of_options_are_numbers_lists_or_words() -> None:
         (["--twin", "net.ckpt"], "--model pkg:LitNet"),
         (["--weight", "fidelity"], "a weight is written as"),
         (["--reference", "audited_nets:dense"], "a reference is written as"),
+        (["--reference", "tunde=audited_nets:dense"], "references are of the kinds tuned"),
         (["--option", "eps=0.1"], "an option is written as"),
         (["--option", "robustnes.eps=0.1"], "robustnes"),
     ],

@@ -245,6 +245,28 @@ def test_targeted_attacks_count_and_run_in_audits_of_tier_two() -> None:
         assert results[0].params["targets"] == 3 * attacks
 
 
+def test_attacks_of_other_libraries_are_rungs_too() -> None:
+    pytest.importorskip("torchattacks", reason="pip install --no-deps torchattacks==3.5.1")
+    pytest.importorskip("pyautoattack", reason="pip install --no-deps pyautoattack")
+    given = context(handle("pruned"), 12)
+    few = {**SMALL, "eps": 0.05, "steps": 5, "queries": 1, "sanity": False}
+    without = run(Robustness(**few), given)
+    with_ = run(Robustness(**few, foreign=["PGDL2", "pyautoattack"], norm="l2"), given)
+    found = run(Robustness(**few, foreign=["PGD", "pyautoattack"]), given)
+    assert found["robust_accuracy"].threat["attacks"][-2:] == ["PGD", "pyautoattack"]
+    assert with_["robust_accuracy"].threat["attacks"][-2:] == ["PGDL2", "pyautoattack"]
+    x, y, seeds = examples(12)
+    theirs = autoattack(given.compressed.differentiable, x, y, eps=0.05, space=UNIT, seeds=seeds)
+    stands = right(given.compressed.predict, theirs, y)
+    before, after = (torch.tensor(result.per_example["compressed_robust"]) for result in (without, found))
+    assert bool((after <= before).all())
+    assert bool((after[~stands] == 0).all())
+    with pytest.raises(CompressionError, match="linf"):
+        run(Robustness(**few, foreign=["PGDL2"]), given)
+    with pytest.raises(ValueError, match="list of names"):
+        Robustness(foreign="CW")
+
+
 class Leak(nn.Module):
     """Integers with a thin float path beside them: its gradient exists and is useless."""
 
@@ -432,6 +454,10 @@ def test_token_models_get_a_bound() -> None:
     assert metric.trusted
     wide = run(EmbeddingRobustness(3.0), given)["embedding_accuracy"]
     assert wide.paired.reference < metric.paired.reference
+    curve = RobustnessCurve(steps=1)
+    assert (curve.asks(given), Robustness().asks(given)) == (0, 0)  # no time is forecast for what cannot be done
+    with pytest.raises(CompressionError, match="tokens"):
+        run(curve, given)
 
 
 # ---------------------------------------------------------------------------------------------------------- corruptions
@@ -454,10 +480,6 @@ def test_corruptions_hurt_more_with_severity_and_do_not_depend_on_the_batch() ->
     for name in names(large):
         assert corrupt(large, name, 3, space=UNIT, seeds=seeds[:2]).shape == large.shape
     with pytest.raises(CompressionError, match="is none of"):
-    curve = RobustnessCurve(steps=1)
-    assert (curve.asks(given), Robustness().asks(given)) == (0, 0)  # no time is forecast for what cannot be done
-    with pytest.raises(CompressionError, match="tokens"):
-        run(curve, given)
         corrupt(x, "fog", 1, space=UNIT, seeds=seeds)
     with pytest.raises(CompressionError, match="from 1 to 5"):
         corrupt(x, "contrast", 6, space=UNIT, seeds=seeds)
