@@ -326,10 +326,10 @@ def outcome(module: L.LightningModule, trainer: L.Trainer) -> dict[str, Any]:
     norm = torch.tensor(weight_norm(mine), dtype=torch.float64)
     if sharded:
         dist.all_reduce(norm)
-    ranges = {} if sharded else _ranges(module)
+    flat = type(trainer.strategy).__name__ == "FSDPStrategy"  # quantizers are refused there
     return {
         "weights": {} if sharded else {n: p.detach().clone() for n, p in module.named_parameters()},
-        "ranges": ranges,
+        "ranges": {} if flat else _ranges(module),  # buffers, which FSDP2 keeps whole
         "norm": float(norm),
         "edits": copy.deepcopy(manifest.of(module)["edits"]),
         "masks": copy.deepcopy(module.__dict__.get("_lc_masks", {})),

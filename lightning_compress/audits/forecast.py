@@ -25,15 +25,15 @@ def forecast(audits: Sequence[Audit], context: AuditContext) -> dict[str, float]
     Returns:
         By name, without those that take less than a second.
     """
-    asking = [one for one in audits if hasattr(one, "asks")]
-    if not asking or not len(context):
+    asked = {one.name: one.asks(context) for one in audits if hasattr(one, "asks")}  # in every process
+    if not any(asked.values()) or not len(context):
         return {}
     x = take(context.inputs, torch.arange(min(_TIMED, len(context))))
     started = time.perf_counter()
     for handle in (context.dense, context.compressed):
         handle.predict(x)
     seconds = (time.perf_counter() - started) / (2 * count(x))
-    found = {one.name: seconds * one.asks(context) for one in asking}
+    found = {name: seconds * answers for name, answers in asked.items()}
     return {name: expected for name, expected in found.items() if expected >= LEAST}
 
 

