@@ -29,7 +29,7 @@ import lightning_compress as lc
 from lightning_compress.callbacks import QuantizationAwareTraining
 from lightning_compress.probe import ExampleCall
 
-RUNTIMES = ("reference", "inductor", "onnxruntime", "openvino")
+RUNTIMES = ("reference", "inductor", "aoti", "onnxruntime", "openvino")
 SETTINGS: dict[str, dict[str, Any]] = {
     "int8": {"preset": "int8_static"},
     "lsq4": {"weights": "lsq4", "activations": "lsq4", "first_last": "int8"},

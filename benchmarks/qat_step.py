@@ -1,8 +1,9 @@
 """What fake quantization costs in each training step: a ResNet with widths 32, 64, 128 at batch 32, 32 x 32 images.
 
+With ``--recurrent`` an LSTM of 64 units reads 28 rows of 28 numbers instead, also with alternating codes of 2 bits.
 Every variant does the same work: forward, backward and a step of SGD with momentum, in eager mode.
 
-    python benchmarks/qat_step.py [--rounds 15] [--threads 2]
+    python benchmarks/qat_step.py [--rounds 15] [--threads 2] [--recurrent]
 """
 
 from __future__ import annotations
@@ -53,10 +54,22 @@ def resnet() -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10))
 
 
-def quantized(model: nn.Module, preset: str, x: Tensor, watching: bool) -> nn.Module:
-    net, chosen = copy.deepcopy(model).train(), PRESETS[preset]
-    specs = parse(chosen.weights, "weights"), parse(chosen.activations, "activations")
-    attachment.attach(net, plan.resolve(net, *specs, first_last=chosen.first_last))
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.LSTM(28, 64, batch_first=True), nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, 28, 28) -> (B, 10)
+        return self.head(self.body(x)[0].mean(1))
+
+
+def quantized(model: nn.Module, kind: str, x: Tensor, watching: bool) -> nn.Module:
+    """With a preset, or with codes of that name for weights and activations."""
+    net, chosen = copy.deepcopy(model).train(), PRESETS.get(kind)
+    weights, activations = (kind, kind) if chosen is None else (chosen.weights, chosen.activations)
+    specs = parse(weights, "weights"), parse(activations, "activations")
+    first_last = "same" if chosen is None or isinstance(model, Recurrent) else chosen.first_last
+    attachment.attach(net, plan.resolve(net, *specs, first_last=first_last))
     found = attachment.quantizers(net)
     for quantizer in found.values():
         quantizer.observing = quantizer.of == "activations" and quantizer.observer is not None
@@ -87,12 +100,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--recurrent", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    model, x, y = resnet(), torch.randn(32, 3, 32, 32), torch.randint(0, 10, (32,))
+    y = torch.randint(0, 10, (32,))
+    model, x = (Recurrent(), torch.randn(32, 28, 28)) if arguments.recurrent else (resnet(), torch.randn(32, 3, 32, 32))
     steps = {"fp32": stepper(copy.deepcopy(model), x, y)}
-    for preset in KINDS:
+    for preset in (*KINDS, "alternating2") if arguments.recurrent else KINDS:
         steps[preset] = stepper(quantized(model, preset, x, watching=False), x, y)
     steps["int8_static, observing"] = stepper(quantized(model, "int8_static", x, watching=True), x, y)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")

@@ -193,6 +193,23 @@ def test_benchmark_reports_each_runtime_and_the_size(made):
     assert row["ratio_low"] <= row["ratio"] <= row["ratio_high"]
     assert row["difference"] < 0.05
     assert found["size"]["ratio"] == found["size"]["int8"] / found["size"]["float"]
+    assert "accuracy" not in row
+
+
+def test_benchmark_counts_right_answers_too(made):
+    model, artifact = made
+    x = images(20)
+    y = model.eval()(x).argmax(1)
+    y[:5] = (y[:5] + 1) % 5  # of which the model is wrong
+    data = [(x[:12], y[:12]), (x[12:], y[12:])]
+    row = artifact.benchmark(model, images(2), runtimes=("reference",), threads=1, repeats=1, data=data)["reference"]
+    integer = artifact.run(x).argmax(1)
+    assert row["float_accuracy"] == 0.75
+    assert row["accuracy"] == pytest.approx(float((integer == y).float().mean()))
+    assert row["agreement"] == pytest.approx(float((integer == model(x).argmax(1)).float().mean()))
+    assert row["count"] == 20
+    with pytest.raises(CompressionError, match="holds no batch"):
+        artifact.benchmark(model, images(2), runtimes=("reference",), threads=1, repeats=1, data=[])
 
 
 # ------------------------------------------------------------------------------------------------- reference executor

@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import sys
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata as packages
 from pathlib import Path
@@ -223,6 +224,7 @@ class Int8Artifact:
         runtimes: Sequence[Runtime] = ("inductor", "onnxruntime", "openvino"),
         threads: int = 2,
         repeats: int = 20,
+        data: Iterable[Sequence[Any]] | None = None,
     ) -> dict[str, dict[str, Any]]:
         """Time the integer model against the floating-point one, in the same runtime and interleaved in one process.
 
@@ -232,12 +234,17 @@ class Int8Artifact:
             runtimes: Which runtimes.
             threads: Threads inside operators.
             repeats: Measured rounds.
+            data: Batches of arguments and, last, labels, such as a `DataLoader` of a test set: for classifiers.
 
         Returns:
             For each runtime: `"float"` and `"int8"` (seconds: `"median"` and `"minimum"`), `"ratio"` (how many times
             faster: the median of the rounds, `"ratio_low"` and `"ratio_high"` its 95 % interval), `"integer_ops"`,
-            `"float_ops"`, `"difference"` (largest, from the baseline, as a share of its outputs' range). Under
-            `"size"`: bytes of both as `torch.export` files, and their ratio.
+            `"float_ops"`, `"difference"` (largest, from the baseline, as a share of its outputs' range); with `data`
+            `"accuracy"`, `"float_accuracy"` and `"agreement"` (shares of `"count"` samples). Under `"size"`: bytes of
+            both as `torch.export` files, and their ratio.
+
+        Raises:
+            CompressionError: A runtime is missing, or `data` holds no batch.
         """
         call = from_example_inputs(inputs)
         floating = graphs.trace(baseline, call)
@@ -261,8 +268,37 @@ class Int8Artifact:
             result[name] = _row(times[f"{name} float"], times[f"{name} int8"])
             result[name] |= {"integer_ops": dict(runner.integer_ops), "float_ops": dict(runner.float_ops)}
             result[name]["difference"] = _difference(runner(*call.args, **call.kwargs), plain)
+        if data is not None:
+            integer = {name: runners[f"{name} int8"] for name in runtimes}
+            for name, answers in _answers(baseline, integer, data).items():
+                result[name] |= answers
         result["size"] = _sizes(floating, self.size())
         return result
+
+
+def _answers(
+    baseline: nn.Module, runners: Mapping[Runtime, Runner], data: Iterable[Sequence[Any]]
+) -> dict[Runtime, dict[str, Any]]:
+    """How often the model and each runtime are right, and how often they agree."""
+    right: Counter[str] = Counter()
+    count = 0
+    for *args, labels in data:
+        expected = next(tensors_in(ExampleCall("", tuple(args)).run(baseline))).argmax(-1).cpu()
+        count += len(expected)
+        right["float"] += int((expected == labels).sum())
+        for name, runner in runners.items():
+            found = next(tensors_in(runner(*args))).argmax(-1)
+            right[name] += int((found == labels).sum())
+            right[f"{name} agrees"] += int((found == expected).sum())
+    if not count:
+        raise CompressionError("data= holds no batch; pass batches of arguments and labels")
+    return {
+        name: {
+            "accuracy": right[name] / count, "float_accuracy": right["float"] / count,
+            "agreement": right[f"{name} agrees"] / count, "count": count,
+        }
+        for name in runners
+    }  # fmt: skip
 
 
 def _row(floating: Latency, integer: Latency) -> dict[str, Any]:
