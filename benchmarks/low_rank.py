@@ -48,7 +48,6 @@ ARMS: dict[str, Callable[[], LowRank]] = {
     "channel, half of each layer": lambda: LowRank("ratio", ratio=0.5, multiple_of=4, schedule=AT),
     "channel, 90 % energy": lambda: LowRank("energy", energy=0.9, multiple_of=4, schedule=AT),
     "channel, half the parameters": lambda: LowRank(keep_parameters=KEEP, multiple_of=4, schedule=AT),
-    "channel, 95 % of the latency": lambda: LowRank(latency=0.95, multiple_of=4, schedule=AT),
     "CP, half of each layer": lambda: LowRank("ratio", ratio=0.5, method="cp", multiple_of=4, schedule=AT),
     "channel, EVBMF": lambda: LowRank("evbmf", multiple_of=4, schedule=AT),
     "channel, stable rank, automatic": lambda: LowRank("stable", when="auto", multiple_of=4, schedule=AUTO),

@@ -94,7 +94,7 @@ class Work:
         if not layers or not (given_ or rehearsable or needed):
             return None
         every, kept = find_units(self.root, keep_first_last=False)  # all of them: which is first and which last?
-        wanted = [list(dict.fromkeys([*(unit.layer for unit in every), *kept])), list(layers)]
+        wanted = [list(dict.fromkeys([*(unit.layer for unit in every), *kept, *layers])), list(layers)]
         while True:
             covered = wanted.pop(0)
             try:

@@ -248,6 +248,18 @@ def test_a_slower_layer_is_refused_by_the_probe_and_recorded(monkeypatch: pytest
     assert isinstance(run([LowRank("ratio", schedule=AT, probe_latency=True)])[1].net[3], ChannelConv)
 
 
+@pytest.mark.parametrize("kind", ["LSTM", "attention"])
+def test_a_budget_of_masked_factors_counts_the_whole_model(kind: str) -> None:
+    """All but the head is factored at setup: the example is still a call of the model, not of what is left dense."""
+    ours = LowRank(
+        keep_macs=0.5, mode="masked", schedule=AT, multiple_of=4, keep_first_last=False, exclude=["net.head"]
+    )
+    _, _, events = run([ours], Classifier(Sequence(kind)))
+    (record,) = [record for record in events.records if record.asked]
+    assert record.asked == {"macs": 0.5}
+    assert 0.3 < record.reached["macs"] <= 0.5
+
+
 def test_a_layer_that_would_be_slower_on_this_machine_is_refused() -> None:
     """Nothing is faked: factors keep an LSTM from its fused kernel, and take several times as long."""
     module = Classifier(Sequence("LSTM"))
