@@ -35,7 +35,6 @@ AT, AUTO = lc.Schedule(begin="40%"), lc.Schedule(begin="10%", end="50%", every=8
 COMMON: dict[str, Any] = {"multiple_of": 4, "keep_first_last": False, "exclude": ["head"]}
 ARMS: dict[str, Callable[[], LowRank]] = {
     "half the MACs": lambda: LowRank(keep_macs=0.5, schedule=AT, **COMMON),
-    "half the MACs, whitened": lambda: LowRank(keep_macs=0.5, schedule=AT, whiten=True, **COMMON),
     "half the MACs, masked": lambda: LowRank(keep_macs=0.5, schedule=AT, mode="masked", **COMMON),
     "half of each weight": lambda: LowRank("ratio", ratio=0.5, schedule=AT, **COMMON),
     "80 % energy": lambda: LowRank("energy", energy=0.8, schedule=AT, **COMMON),
