@@ -8,6 +8,7 @@ import warnings
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from threading import Lock
 from typing import Any, cast
 
 import numpy as np
@@ -94,7 +95,7 @@ def untouched(root: nn.Module, eager: bool = True) -> Iterator[None]:
         for module in list(root.modules()):
             undo.callback(_restorer(module, registries=True))
         if eager:
-            undo.enter_context(_no_fast_paths())
+            undo.enter_context(_NoFastPaths())
         undo.enter_context(torch.inference_mode(False))
         yield
 
@@ -133,7 +134,7 @@ def as_found(root: nn.Module, watch: bool = True) -> Iterator[MemoryWatch]:
             undo.callback(_restorer(module, registries=False))
             module.training = False  # not eval(): a model may override train() to do more than that
         undo.callback(_reshard, root)
-        undo.enter_context(_no_fast_paths())
+        undo.enter_context(_NoFastPaths())
         undo.enter_context(torch.no_grad())
         if watch:
             undo.enter_context(memory)
@@ -212,19 +213,40 @@ def _tensors_of(module: nn.Module) -> Iterator[Tensor]:
                 yield item
 
 
-@contextmanager
-def _no_fast_paths() -> Iterator[None]:
-    """Call every module: no fused encoder layers, which skip their parts in eval mode, and nothing compiled."""
-    fused = torch.backends.mha.get_fastpath_enabled()
-    with ExitStack() as undo:
-        if "torch._dynamo" in sys.modules:  # otherwise nothing is compiled, and importing it takes seconds
-            undo.enter_context(torch.compiler.set_stance("force_eager"))
-            undo.enter_context(warnings.catch_warnings())
-            # The FLOP counter's hooks are global, which a compiled module mentions although it runs eagerly here.
-            warnings.filterwarnings("ignore", message=".*there are global hooks on modules")
-        torch.backends.mha.set_fastpath_enabled(False)
-        undo.callback(torch.backends.mha.set_fastpath_enabled, fused)
-        yield
+class _NoFastPaths:
+    """Call every module: no fused encoder layers, which skip their parts in eval mode, and nothing compiled.
+
+    The switches belong to the process. Contexts of several threads overlap without being nested, so the first one to
+    come notes how it found them and the last one to go puts them back.
+    """
+
+    _lock = Lock()
+    _inside = 0
+    _undo = ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if _NoFastPaths._inside == 0:
+                _NoFastPaths._undo = self._switch_off()
+            _NoFastPaths._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            _NoFastPaths._inside -= 1
+            if _NoFastPaths._inside == 0:
+                self._undo.close()
+
+    @staticmethod
+    def _switch_off() -> ExitStack:
+        with ExitStack() as undo:
+            if "torch._dynamo" in sys.modules:  # otherwise nothing is compiled, and importing it takes seconds
+                undo.enter_context(torch.compiler.set_stance("force_eager"))
+                undo.enter_context(warnings.catch_warnings())
+                # The FLOP counter's hooks are global, which a compiled module mentions although it runs eagerly here.
+                warnings.filterwarnings("ignore", message=".*there are global hooks on modules")
+            undo.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+            torch.backends.mha.set_fastpath_enabled(False)
+            return undo.pop_all()
 
 
 def _reshard(root: nn.Module) -> None:

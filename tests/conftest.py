@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch._dynamo import eval_frame
 
 torch.set_num_threads(1)  # the sizes used here gain nothing from more, and two-process tests share the cores
 
@@ -68,8 +69,8 @@ def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def _no_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Fail a test that leaves behind variables, a process group, threads or signal handlers, and clean up after it."""
-    environment = dict(os.environ)
+    """Fail a test that leaves behind variables, a process group, threads, handlers or switches, and clean up after it."""
+    environment, switches = dict(os.environ), _switches()
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     threads = set(threading.enumerate())
     yield
@@ -77,6 +78,7 @@ def _no_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
         *_leaked_variables(environment),
         *_leaked_process_group(),
         *_leaked_handlers(handlers),
+        *_leaked_switches(switches),
         # The compiler keeps its pool of workers for the next compilation.
         *([] if request.node.get_closest_marker("needs_compiler") else _leaked_threads(threads)),
     ]
@@ -109,6 +111,24 @@ def _leaked_handlers(before: dict[signal.Signals, Any]) -> list[str]:
     for number in changed:
         signal.signal(number, before[number])
     return [f"a handler for {number.name}" for number in changed]
+
+
+def _switches() -> dict[str, tuple[Any, Callable[[Any], object]]]:
+    """How PyTorch runs modules in this process, and what sets it back."""
+    return {
+        "fused attention": (torch.backends.mha.get_fastpath_enabled(), torch.backends.mha.set_fastpath_enabled),
+        "the stance of the compiler": (eval_frame._stance, eval_frame._set_stance),
+        "gradients": (torch.is_grad_enabled(), torch.set_grad_enabled),
+        "the default type": (torch.get_default_dtype(), torch.set_default_dtype),
+    }
+
+
+def _leaked_switches(before: dict[str, tuple[Any, Callable[[Any], object]]]) -> list[str]:
+    after = _switches()
+    changed = {name: (value, put) for name, (value, put) in before.items() if after[name][0] != value}
+    for value, put in changed.values():
+        put(value)
+    return list(changed)
 
 
 def _leaked_threads(before: set[threading.Thread]) -> list[str]:

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._dynamo import eval_frame
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn import functional as F
 from torch.utils.data import Dataset, IterableDataset
 from torchmetrics import MeanMetric
 
 from lightning_compress.errors import CompressionError
-from lightning_compress.isolation import as_found, isolated_rng
+from lightning_compress.isolation import as_found, isolated_rng, untouched
 from lightning_compress.nested import map_tensors
 from lightning_compress.probe import (
     ExampleCall,
@@ -337,6 +338,18 @@ def test_isolated_rng():
         assert (torch.rand(1), random.random(), np.random.rand()) == inside
     assert torch.equal(torch.get_rng_state(), before[0])
     assert (random.getstate(), np.random.get_state()[1].tolist()) == before[1:]
+
+
+def test_contexts_of_threads_that_overlap_put_the_switches_of_the_process_back():
+    """Each on its own would put back what the other had set, for the rest of the process."""
+    found = torch.backends.mha.get_fastpath_enabled(), eval_frame._stance
+    first, second = (untouched(nn.Linear(2, 2)) for _ in range(2))
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert (torch.backends.mha.get_fastpath_enabled(), eval_frame._stance.stance) == (False, "force_eager")
+    second.__exit__(None, None, None)
+    assert (torch.backends.mha.get_fastpath_enabled(), eval_frame._stance) == found
 
 
 class Augmented(Dataset):
