@@ -1,15 +1,19 @@
 """One budget for channels and ranks on 5,000 MNIST digits, beside each of its halves at equal multiply-accumulates.
 
-    python benchmarks/joint.py
+    python benchmarks/joint.py [--arms NAME ...]
 
 Every arm trains the ResNet of `low_rank.py` on 4,000 digits for the same number of epochs from the same seeds, is
-compressed once at 40 % of the training, and is judged by the 1,000 other digits. Latency is that of one thread, all
+compressed once at 40 % of the training, and is judged by the 1,000 other digits. The arms that are named by what is
+pruned divide the layers as Aghli and Ribeiro do (`lc.complementary`): inside the blocks or everywhere, alone or with the
+layers that keep their width distilled. Their teacher is the dense network of the same seed, trained to its end before,
+so that they cost its training and a forward pass in each step besides their own. Latency is that of one thread, all
 networks of a seed interleaved. Prints a table in Markdown, and one JSON object as the last line.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 import time
@@ -22,7 +26,7 @@ from _digits import ResNet, digits, fit, judged, table
 from torch.utils.data import TensorDataset
 
 import lightning_compress as lc
-from lightning_compress.callbacks import ChannelPruning, JointCompression, LowRank
+from lightning_compress.callbacks import ChannelPruning, Distillation, JointCompression, LowRank
 
 AT = lc.Schedule(begin="40%", curve="constant")
 ARMS: dict[str, Callable[[float], L.Callback]] = {
@@ -34,34 +38,62 @@ ARMS: dict[str, Callable[[float], L.Callback]] = {
     "`ChannelPruning`": lambda keep: ChannelPruning(keep_macs=keep, schedule=AT),
     "`LowRank`": lambda keep: LowRank(keep_macs=keep, schedule=AT, multiple_of=4),
 }
+# Which layers are pruned, and whether the dense network teaches: its outputs, and the layers that keep their width.
+DIVIDED = {
+    "pruned inside the blocks": (True, False),
+    "pruned inside the blocks, the others distilled": (True, True),
+    "pruned everywhere, the same layers distilled": (False, True),
+}
+HINT = 10.0
 
 
-def arms(seed: int, data: TensorDataset, epochs: int, shares: Sequence[float]) -> dict[str, tuple[Any, str]]:
+def divided(name: str, keep: float, model: ResNet, teacher: ResNet, data: TensorDataset) -> list[L.Callback]:
+    """The callbacks of an arm of `DIVIDED`."""
+    inside, taught = DIVIDED[name]  # pruned everywhere, the layers of the hints become narrower: they are projected
+    chosen = lc.complementary(model, data.tensors[0][:2])
+    pruning = ChannelPruning(keep_macs=keep, schedule=AT, targets=chosen.prune if inside else ("*",))
+    if not taught:
+        return [pruning]
+    hint = lc.Hint(list(chosen.distil), weight=HINT, projector="auto" if inside else "always")
+    return [Distillation(copy.deepcopy(teacher), losses=[lc.KD(), hint]), pruning]
+
+
+def arms(
+    seed: int, data: TensorDataset, epochs: int, shares: Sequence[float], only: Sequence[str]
+) -> dict[str, tuple[Any, str]]:
     """Trained networks by name, and for how many epochs."""
 
     def begin() -> ResNet:
         L.seed_everything(seed, verbose=False)
         return ResNet()
 
-    nets: dict[str, tuple[Any, str]] = {"dense": (fit(begin(), data, epochs), f"{epochs}")}
+    dense = fit(begin(), data, epochs)
+    nets: dict[str, tuple[Any, str]] = {"dense": (dense, f"{epochs}")}
     for keep in shares:
-        for name, make in ARMS.items():
-            nets[f"{name}, {keep:.0%}"] = (fit(begin(), data, epochs, [make(keep)]), f"{epochs}")
+        for name in only:
+            model = begin()
+            callbacks = [ARMS[name](keep)] if name in ARMS else divided(name, keep, model, dense, data)
+            cost = f"{epochs} + {epochs} of the teacher" if DIVIDED.get(name, (False, False))[1] else f"{epochs}"
+            nets[f"{name}, {keep:.0%}"] = (fit(model, data, epochs, callbacks), cost)
     return nets
 
 
-def main(seeds: Sequence[int], epochs: int, repeats: int, shares: Sequence[float]) -> None:
+def main(seeds: Sequence[int], epochs: int, repeats: int, shares: Sequence[float], only: Sequence[str]) -> None:
     start = time.perf_counter()
     torch.set_num_threads(1)  # for the small tensors of this net a second thread costs more than it brings
     data, x, y = digits()
-    runs = judged(lambda seed: arms(seed, data, epochs, shares), seeds, x, y, repeats)
+    runs = judged(lambda seed: arms(seed, data, epochs, shares, only), seeds, x, y, repeats)
     print("\n".join(table(runs)))
     print(f"\nseeds {list(seeds)}, torch {torch.__version__}, {time.perf_counter() - start:.0f} s")
     least = f", {min(shares):.0%}"
-    better = max(("joint, channels only", "joint, directions only"), key=lambda n: _mean(runs, n + least))
-    points = 100 * (_mean(runs, "joint" + least) - _mean(runs, better + least))
-    faster = _mean(runs, "joint" + least, "faster")
-    print(json.dumps({"name": "joint", "points": round(points, 2), "ratio": round(faster, 2), "peer": better + least}))
+    ours, *others = (name + least for name in only)
+    halves = [name for name in others if name.startswith("joint, ")]
+    if not others:
+        return
+    better = max(halves or others, key=lambda name: _mean(runs, name))
+    points = 100 * (_mean(runs, ours) - _mean(runs, better))
+    faster = _mean(runs, ours, "faster")
+    print(json.dumps({"name": only[0], "points": round(points, 2), "ratio": round(faster, 2), "peer": better}))
 
 
 def _mean(runs: Sequence[dict[str, dict[str, Any]]], name: str, key: str = "accuracy") -> float:
@@ -74,5 +106,9 @@ if __name__ == "__main__":
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=40)
     parser.add_argument("--shares", type=float, nargs="+", default=[0.5, 0.3])
+    every = [*ARMS, *DIVIDED]
+    parser.add_argument(
+        "--arms", nargs="+", choices=every, default=every, help="beside the dense network; default: all"
+    )
     chosen = parser.parse_args()
-    main(chosen.seeds, chosen.epochs, chosen.repeats, chosen.shares)
+    main(chosen.seeds, chosen.epochs, chosen.repeats, chosen.shares, chosen.arms)

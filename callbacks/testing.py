@@ -7,6 +7,7 @@ module-level function without arguments that returns plain data; the launch retu
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import os
 import socket
@@ -319,6 +320,7 @@ def _main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     environment, results = dict(os.environ), {}
+    gc.freeze()  # what was imported stays: looking through it would take most of the time of each collection
     for name in arguments.cases:
         os.environ.update(environment)  # Lightning deletes WORLD_SIZE after a fit
         module, _, function = name.partition(":")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import shutil
@@ -39,6 +40,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         if COMPILER_REQUIRED:
             pytest.fail("no C++ compiler (g++ or clang++) found, and LC_REQUIRE_COMPILER=1 asks for one", pytrace=False)
         pytest.skip("needs a C++ compiler (g++ or clang++) and this machine has none")
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: looking through it would take most of the time of each garbage collection."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -42,11 +42,13 @@ STOPS = ("step=1", "step=5", "epoch=0")
 _ENVIRONMENT = dict(os.environ)
 
 
-def _fit(folder: Path, technique: str, **settings: Any) -> dict[str, Any]:
+def _fit(folder: Path | None, technique: str, **settings: Any) -> dict[str, Any]:
+    """Write a file of each step and epoch to the folder, if there is one."""
     os.environ.update(_ENVIRONMENT)  # Lightning deletes WORLD_SIZE after a fit
     extra = settings.pop("extra", [])
     settings.setdefault("validate", technique in AUDITED)
-    callbacks = [*(TECHNIQUES | AUDITED)[technique](Path.cwd()), every_step(folder), every_epoch(folder), *extra]
+    saving = [] if folder is None else [every_step(folder), every_epoch(folder)]
+    callbacks = [*(TECHNIQUES | AUDITED)[technique](Path.cwd()), *saving, *extra]
     found = state(*fit(callbacks, kind="ddp", **settings))
     for kept in found["callbacks"].values() if rank() else ():
         kept.pop("example", None)  # of the rank's own batch; it is rank 0's, in the file, that cuts are planned with
@@ -60,7 +62,7 @@ def _case(technique: str) -> Callable[[], dict[str, Any]]:
         return {
             "final": manifest.digest(wanted),
             **{
-                stop: differences(wanted, _fit(folder / "again", technique, resume=folder / f"{stop}.ckpt"))
+                stop: differences(wanted, _fit(None, technique, resume=folder / f"{stop}.ckpt"))
                 for stop in STOPS
             },
         }
@@ -87,7 +89,7 @@ def killed() -> None:
 
 def resumed_after_the_kill() -> str:
     files = sorted((Path.cwd() / "killed").glob("step=*.ckpt"), key=lambda file: int(file.stem.partition("=")[2]))
-    return manifest.digest(_fit(Path.cwd() / "after", "everything", resume=files[-1]))
+    return manifest.digest(_fit(None, "everything", resume=files[-1]))
 
 
 # ------------------------------------------------------------------------------------------------- sharded strategies
