@@ -57,6 +57,8 @@ class ProjectionBlock(nn.Module):
 class Digits(L.LightningModule):
     """What all of them learn: digits that are turned, moved and stretched a little, (B, 1, 14, 14) -> (B, 10)."""
 
+    batch, rate = 128, 5e-3  # images in a step, and the highest learning rate
+
     def training_step(self, batch: Any, _: int) -> Tensor:
         x, y = batch
         theta = torch.eye(2, 3) + 0.1 * torch.randn(len(x), 2, 3)
@@ -64,8 +66,8 @@ class Digits(L.LightningModule):
         return F.cross_entropy(self(x), y)
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(self.parameters(), lr=5e-3, weight_decay=0.05)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, self.trainer.estimated_stepping_batches)
+        optimizer = torch.optim.AdamW(self.parameters(), lr=self.rate, weight_decay=0.05)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.rate, self.trainer.estimated_stepping_batches)
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
 
@@ -82,12 +84,18 @@ class ResNet(Digits):
 
 
 class ViT(Digits):
-    """Patches of 2 x 2 are 49 tokens; learned positions, pre-norm blocks, the mean of all tokens is classified."""
+    """Patches of 4 x 4 are 16 tokens; learned positions, pre-norm blocks, the mean of all tokens is classified.
+
+    Batch, learning rate, patches and how large positions begin were tuned for the dense network, on a part of the
+    training digits: with batches of 128, patches of 2 x 2 and positions of 0.02, it is at 70 % after 8 epochs.
+    """
+
+    batch, rate = 32, 4e-3
 
     def __init__(self, width: int = 64, depth: int = 3, heads: int = 4) -> None:
         super().__init__()
-        self.patches = nn.Conv2d(1, width, 2, 2)
-        self.positions = nn.Parameter(0.02 * torch.randn(1, 49, width))
+        self.patches = nn.Conv2d(1, width, 4, 4, padding=1)
+        self.positions = nn.Parameter(0.5 * torch.randn(1, 16, width))
         block = nn.TransformerEncoderLayer(width, heads, 2 * width, 0.0, "gelu", batch_first=True, norm_first=True)
         self.blocks = nn.TransformerEncoder(block, depth, nn.LayerNorm(width), enable_nested_tensor=False)
         self.head = nn.Linear(width, 10)
@@ -96,12 +104,12 @@ class ViT(Digits):
         return self.head(self.blocks(self.patches(x).flatten(2).mT + self.positions).mean(1))
 
 
-def fit(model: L.LightningModule, data: TensorDataset, epochs: int, callbacks: Sequence[L.Callback] = ()) -> Any:
+def fit(model: Digits, data: TensorDataset, epochs: int, callbacks: Sequence[L.Callback] = ()) -> Any:
     trainer = L.Trainer(
         max_epochs=epochs, callbacks=list(callbacks), logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, accelerator="cpu",
     )  # fmt: skip
-    trainer.fit(model, DataLoader(data, batch_size=128, shuffle=True))
+    trainer.fit(model, DataLoader(data, batch_size=model.batch, shuffle=True))
     return model
 
 

@@ -4,9 +4,9 @@
 
 Every arm trains the ResNet of `low_rank.py` on 4,000 digits for the same number of epochs from the same seeds, is
 compressed once at 40 % of the training, and is judged by the 1,000 other digits. The arms that are named by what is
-pruned divide the layers as Aghli and Ribeiro do (`lc.complementary`): inside the blocks or everywhere, alone or with the
-layers that keep their width distilled. Their teacher is the dense network of the same seed, trained to its end before,
-so that they cost its training and a forward pass in each step besides their own. Latency is that of one thread, all
+pruned divide the layers as Aghli and Ribeiro do (`lc.complementary`): inside the blocks or everywhere, alone or with
+the layers that keep their width distilled. Their teacher is the dense network of the same seed, trained to its end
+before: it costs its own training, and a forward pass in each step of theirs. Latency is that of one thread, all
 networks of a seed interleaved. Prints a table in Markdown, and one JSON object as the last line.
 """
 
