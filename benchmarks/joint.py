@@ -50,12 +50,13 @@ HINT = 10.0
 def divided(name: str, keep: float, model: ResNet, teacher: ResNet, data: TensorDataset) -> list[L.Callback]:
     """The callbacks of an arm of `DIVIDED`."""
     inside, taught = DIVIDED[name]  # pruned everywhere, the layers of the hints become narrower: they are projected
-    chosen = lc.complementary(model, data.tensors[0][:2])
+    x = data.tensors[0][:2]
+    chosen = lc.complementary(model, x)
     pruning = ChannelPruning(keep_macs=keep, schedule=AT, targets=chosen.prune if inside else ("*",))
     if not taught:
         return [pruning]
     hint = lc.Hint(list(chosen.distil), weight=HINT, projector="auto" if inside else "always")
-    return [Distillation(copy.deepcopy(teacher), losses=[lc.KD(), hint]), pruning]
+    return [Distillation(copy.deepcopy(teacher), losses=[lc.KD(), hint], example_inputs=x), pruning]
 
 
 def arms(
