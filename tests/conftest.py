@@ -76,7 +76,7 @@ def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def _no_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Fail a test that leaves behind variables, a process group, threads, handlers or switches, and clean up after it."""
+    """Fail a test that leaves behind variables, a process group, threads, handlers or switches; clean up after it."""
     environment, switches = dict(os.environ), _switches()
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     threads = set(threading.enumerate())
@@ -127,6 +127,13 @@ def _switches() -> dict[str, tuple[Any, Callable[[Any], object]]]:
         "the stance of the compiler": (eval_frame._stance, eval_frame._set_stance),
         "gradients": (torch.is_grad_enabled(), torch.set_grad_enabled),
         "the default type": (torch.get_default_dtype(), torch.set_default_dtype),
+        "deterministic algorithms": (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.use_deterministic_algorithms,
+        ),
+        "the number of threads": (torch.get_num_threads(), torch.set_num_threads),
+        "the precision of products": (torch.get_float32_matmul_precision(), torch.set_float32_matmul_precision),
+        "anomaly detection": (torch.is_anomaly_enabled(), torch.autograd.set_detect_anomaly),
     }
 
 
