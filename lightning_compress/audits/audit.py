@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from lightning_compress.audits.handles import InputSpace
 from lightning_compress.audits.integrity import batch_invariance, determinism, twin_fidelity
 from lightning_compress.audits.preparing import Request, Space, prepare
 from lightning_compress.audits.progress import ProgressBar
+from lightning_compress.audits.provenance import commit_of
 from lightning_compress.audits.results import AuditResult, Check, Metric
 from lightning_compress.audits.scorecard import Scorecard
 from lightning_compress.audits.spending import cost_of
@@ -345,6 +347,7 @@ def _identity(context: AuditContext, request: Request) -> dict[str, Any]:
     for tensor in tensors_in((context.inputs, context.targets)):
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     versions = {name: metadata.version(name) for name in ("torch", "lightning-compress", "scipy")}
+    commit = commit_of(Path.cwd())
     return {
         "name": names["compressed"],
         "reference": names["dense"],
@@ -358,6 +361,7 @@ def _identity(context: AuditContext, request: Request) -> dict[str, Any]:
         "space": _space(context.compressed.space),
         "created": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "versions": versions,
+        **({"code": commit} if commit else {}),
         "machine": f"{platform.machine()}, Python {platform.python_version()}",
     }
 
