@@ -35,8 +35,8 @@ ARMS: dict[str, Callable[[float], L.Callback]] = {
     "joint, directions only": lambda keep: JointCompression(
         keep_macs=keep, schedule=AT, kinds=["directions"], multiple_of=4
     ),
-    "`ChannelPruning`": lambda keep: ChannelPruning(keep_macs=keep, schedule=AT),
-    "`LowRank`": lambda keep: LowRank(keep_macs=keep, schedule=AT, multiple_of=4),
+    "ChannelPruning": lambda keep: ChannelPruning(keep_macs=keep, schedule=AT),
+    "LowRank": lambda keep: LowRank(keep_macs=keep, schedule=AT, multiple_of=4),
 }
 # Which layers are pruned, and whether the dense network teaches: its outputs, and the layers that keep their width.
 DIVIDED = {
