@@ -2,7 +2,8 @@
 
 A small network overfits half of scikit-learn's 1797 digits, of which a tenth have wrong labels; it is then pruned to
 20 % of its weights and trained on, or rounded to 4 bits. Each model is attacked by thresholds, by RMIA with one
-reference model, by LiRA with shadows that are compressed alike, and by an attacker who holds both models. Inversion is
+reference model, by LiRA with shadows that are compressed alike, and by an attacker who holds both models. The control
+is LiRA against the same compressed models with the same shadows as they were before they were compressed. Inversion is
 judged by a model that was trained on other digits. Mean and standard deviation over seeds.
 
 Run: python benchmarks/privacy.py [--seeds 3] [--shadows 8] [--steps 200]
@@ -88,10 +89,11 @@ def measure(shrink: Shrink, seed: int, shadows: int, steps: int) -> dict[str, fl
     pool = data(seed)
     members, others, rest = pool[slice(0, 600)], pool[slice(600, 1200)], pool[slice(1200, None)]
     first = dense(members, 100 + seed)
+    kept: dict[int, nn.Module] = {}  # dense shadows
     second, outside = shrink(first, members, seed), shrink(dense(rest, 200 + seed), rest, seed)
 
     def factory(number: int, examples: Examples) -> tuple[nn.Module, nn.Module]:
-        net = dense(examples, 1000 * (seed + 1) + number)
+        kept[number] = net = dense(examples, 1000 * (seed + 1) + number)
         return net, shrink(net, examples, number)
 
     handles = [ModelHandle(net, space=SPACE) for net in (first, second, outside)]
@@ -108,6 +110,9 @@ def measure(shrink: Shrink, seed: int, shadows: int, steps: int) -> dict[str, fl
                 if metric.value is not None and metric.paired is not None:
                     values[metric.name], values[f"reference_{metric.name}"] = metric.value, metric.paired.reference
             values[f"seconds_{audit.name}"] = time.perf_counter() - started
+        for metric in LikelihoodRatio(lambda number, _: kept[number], shadows).run(context).metrics:
+            if metric.value is not None:
+                values[f"uncompressed_{metric.name}"] = metric.value
     return values
 
 
@@ -134,6 +139,11 @@ def main() -> None:
         for metric in SHOWN:
             pair = [[run[key] for run in runs] for key in (f"reference_{metric}", metric)]
             print(f"  {metric:24s} {spread(pair[0])}   {spread(pair[1])}")
+        print("  the same with shadows that were not compressed, and what the others find more:")
+        for metric in ("lira_auc", "lira_tpr_at_10_percent"):
+            pair = [[run[key] for run in runs] for key in (f"uncompressed_{metric}", metric)]
+            more = [right - wrong for wrong, right in zip(*pair, strict=True)]
+            print(f"  {metric:24s} {spread(pair[0])}   {spread(more)}")
         for audit in ("membership", "likelihood_ratio", "inversion"):
             print(f"  seconds, {audit}: {spread([run[f'seconds_{audit}'] for run in runs])}")
         result[name] = {key: statistics.mean([run[key] for run in runs]) for key in runs[0]}
