@@ -1,7 +1,7 @@
 """Does `AttributionMatching` win back explanations that compression lost? Channels and masks on MNIST, three seeds.
 
 The small ResNet of `_digits.py` learns 4,000 MNIST digits (14 x 14). From there it is compressed in a fit of its own,
-by channels to half of its MACs or by masks of 90 %: without a teacher, with `KD`, and with `KD` and
+by channels to a share of its MACs or by masks of 90 %: without a teacher, with `KD`, and with `KD` and
 `AttributionMatching` on the output of its last block; the teacher is the dense network. Judged on 1,000 other digits:
 accuracy, and the agreement of explanations of 64 of them with those of the dense network, as `lc.audit` measures it:
 0 is that of random weights, 1 that of the dense network trained on for as many epochs without compression. Grad-CAM is
@@ -12,7 +12,7 @@ The control "trained on" is what trained on with other random numbers reaches: b
 away from training: each weight is the one with the best agreement by occlusion and integrated gradients (their mean)
 whose accuracy is at most half a point below the best, first that of `KD`, then that of `AttributionMatching` beside it.
 
-    python benchmarks/attribution_matching.py [--seeds 0 1 2] [--epochs 6] [--tune] [--weights 1 100]
+    python benchmarks/attribution_matching.py [--seeds 0 1 2] [--epochs 6] [--macs 0.5] [--tune] [--weights 1 30]
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ WITHOUT, KD, BOTH = "no teacher", "KD", "KD and AttributionMatching"
 Judged = dict[str, float]
 
 
-def compressed(how: str) -> L.Callback:
+def compressed(how: str, macs: float) -> L.Callback:
     """What makes the network smaller."""
     if how == "channels":
-        return ChannelPruning(keep_macs=0.5, schedule=lc.Schedule(begin="5%", end="40%", every="10%"))
+        return ChannelPruning(keep_macs=macs, schedule=lc.Schedule(begin="5%", end="40%", every="10%"))
     return Pruning(0.9, schedule=lc.Schedule(begin="5%", end="60%", every=10))
 
 
@@ -83,8 +83,8 @@ def judge(net: ResNet, dense: ResNet, tuned: ResNet, x: Tensor, y: Tensor, seed:
 class Seed:
     """The dense network of a seed, that network trained on, and the digits that judge."""
 
-    def __init__(self, seed: int, epochs: int, data: TensorDataset, x: Tensor, y: Tensor) -> None:
-        self.seed, self.epochs, self.data, self.x, self.y = seed, epochs, data, x.clamp(0, 1), y
+    def __init__(self, seed: int, epochs: int, macs: float, data: TensorDataset, x: Tensor, y: Tensor) -> None:
+        self.seed, self.epochs, self.macs, self.data, self.x, self.y = seed, epochs, macs, data, x.clamp(0, 1), y
         L.seed_everything(seed, verbose=False)
         self.dense = fit(ResNet(), data, epochs)
         self.tuned = self.train([], 1)[0]
@@ -98,7 +98,7 @@ class Seed:
 
     def judged(self, how: str, arm: str, weights: tuple[float, float]) -> Judged:
         """A compressed network."""
-        net, seconds = self.train([compressed(how), *healed(arm, self.dense, *weights)], 2)
+        net, seconds = self.train([compressed(how, self.macs), *healed(arm, self.dense, *weights)], 2)
         return {**judge(net, self.dense, self.tuned, self.x, self.y, self.seed), "seconds": seconds}
 
     def control(self) -> dict[str, Judged]:
@@ -116,11 +116,11 @@ def best(found: dict[float, Judged]) -> float:
     return max(kept, key=lambda weight: statistics.mean(kept[weight][method] for method in UNTRAINED))
 
 
-def tune(data: TensorDataset, epochs: int) -> tuple[float, float]:
+def tune(data: TensorDataset, epochs: int, macs: float) -> tuple[float, float]:
     """Weights for both terms, three candidates each; masks and channels count alike."""
     x, y = data.tensors
     kept = torch.arange(len(y)) % 8 == 0
-    one = Seed(97, epochs, TensorDataset(x[~kept], y[~kept]), x[kept], y[kept])
+    one = Seed(97, epochs, macs, TensorDataset(x[~kept], y[~kept]), x[kept], y[kept])
 
     def mean(arm: str, weights: tuple[float, float]) -> Judged:
         rows = [one.judged(how, arm, weights) for how in ("channels", "masks")]
@@ -147,27 +147,29 @@ def gains(found: dict[str, list[Judged]], how: str) -> dict[str, str]:
     return {key: spread([a[key] - b[key] for a, b in pairs], 3) for key in ("accuracy", *METHODS)}
 
 
-def main(seeds: Sequence[int], epochs: int, weights: tuple[float, float] | None) -> None:
+def main(
+    seeds: Sequence[int], epochs: int, macs: float, hows: Sequence[str], weights: tuple[float, float] | None
+) -> None:
     start = time.perf_counter()
     torch.set_num_threads(1)
     data, x, y = digits()
-    chosen = tune(data, epochs) if weights is None else weights
+    chosen = tune(data, epochs, macs) if weights is None else weights
     print(f"weights: KD {chosen[0]}, AttributionMatching {chosen[1]}", flush=True)
     found: dict[str, list[Judged]] = {}
     for seed in seeds:
-        one = Seed(seed, epochs, data, x, y)
+        one = Seed(seed, epochs, macs, data, x, y)
         rows = one.control()
-        for how, arm in itertools.product(("channels", "masks"), (WITHOUT, KD, BOTH)):
+        for how, arm in itertools.product(hows, (WITHOUT, KD, BOTH)):
             rows[f"{how}, {arm}"] = one.judged(how, arm, chosen)
         for name, row in rows.items():
             found.setdefault(name, []).append(row)
         print(f"seed {seed}, {time.perf_counter() - start:.0f} s", flush=True)
     print(table(found))
-    for how in ("channels", "masks"):
+    for how in hows:
         print(f"{how}, what AttributionMatching adds to KD: {gains(found, how)}")
     print(f"\nseeds {list(seeds)}, torch {torch.__version__}, {time.perf_counter() - start:.0f} s")
     us, peer = (
-        statistics.mean(row[m] for how in ("channels", "masks") for row in found[f"{how}, {arm}"] for m in UNTRAINED)
+        statistics.mean(row[m] for how in hows for row in found[f"{how}, {arm}"] for m in UNTRAINED)
         for arm in (BOTH, KD)
     )
     print(json.dumps({"name": "attribution_matching", "us": round(us, 3), "peer": round(peer, 3)}))
@@ -177,7 +179,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--macs", type=float, default=0.5, help="share that channels keep")
+    parser.add_argument("--how", nargs="+", choices=("channels", "masks"), default=["channels", "masks"])
     parser.add_argument("--tune", action="store_true", help="choose the weights first")
     parser.add_argument("--weights", type=float, nargs=2, default=(1.0, 30.0), help="of KD and AttributionMatching")
     asked = parser.parse_args()
-    main(asked.seeds, asked.epochs, None if asked.tune else tuple(asked.weights))
+    main(asked.seeds, asked.epochs, asked.macs, asked.how, None if asked.tune else tuple(asked.weights))
