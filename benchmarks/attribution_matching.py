@@ -86,7 +86,9 @@ class Seed:
     def __init__(self, seed: int, epochs: int, macs: float, data: TensorDataset, x: Tensor, y: Tensor) -> None:
         self.seed, self.epochs, self.macs, self.data, self.x, self.y = seed, epochs, macs, data, x.clamp(0, 1), y
         L.seed_everything(seed, verbose=False)
+        began = time.perf_counter()
         self.dense = fit(ResNet(), data, epochs)
+        self.seconds = time.perf_counter() - began
         self.tuned = self.train([], 1)[0]
 
     def train(self, callbacks: Sequence[L.Callback], shift: int) -> tuple[ResNet, float]:
@@ -104,9 +106,11 @@ class Seed:
     def control(self) -> dict[str, Judged]:
         """The dense network itself, and that trained on with other random numbers than the ceiling."""
         again, seconds = self.train([], 2)
-        judged = {"dense": self.dense, "trained on": again}
-        found = {name: judge(net, self.dense, self.tuned, self.x, self.y, self.seed) for name, net in judged.items()}
-        return {name: {**values, "seconds": seconds} for name, values in found.items()}
+        judged = {"dense": (self.dense, self.seconds), "trained on": (again, seconds)}
+        return {
+            name: {**judge(net, self.dense, self.tuned, self.x, self.y, self.seed), "seconds": spent}
+            for name, (net, spent) in judged.items()
+        }
 
 
 def best(found: dict[float, Judged]) -> float:
