@@ -52,6 +52,7 @@ class CompressionCallback(L.Callback):
     order: ClassVar[int] = REPORT
     changes_structure: ClassVar[bool] = False
     hold_early_stopping: bool = False
+    reports_events: ClassVar[bool] = False  # prints what is noted of an event, or was told not to
     takes_back: bool = False  # may undo edits of this fit: how to is kept
 
     def __init__(self, name: str | None = None, schedule: Schedule | None = None) -> None:

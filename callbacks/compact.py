@@ -13,7 +13,7 @@ from lightning_compress import manifest
 from lightning_compress.calibration import calibration_calls
 from lightning_compress.callbacks import examples, interplay
 from lightning_compress.callbacks.base import STRUCTURE, CompressionCallback
-from lightning_compress.callbacks.events import EventRecord, kept_because, restarts
+from lightning_compress.callbacks.events import EventRecord, restarts
 from lightning_compress.callbacks.pruning import Pruning
 from lightning_compress.compact import candidates
 from lightning_compress.compact.candidates import Recorded
@@ -23,6 +23,7 @@ from lightning_compress.compact.replacement import CONVERT, convert_edit, given
 from lightning_compress.cost import count_parameters
 from lightning_compress.errors import CompressionError
 from lightning_compress.probe import from_example_inputs
+from lightning_compress.replacing import kept_because
 from lightning_compress.schedule import Schedule
 from lightning_compress.targets import as_patterns
 
@@ -186,7 +187,8 @@ class CompactConversion(CompressionCallback):
             if plan.errors and not self.at_start:
                 errors = {name: list(pair) for name, pair in plan.errors.items()}
                 run.decisions.record(step, f"{self.name}/errors", errors)
-            notes = [*plan.notes, *kept_because(plan.kept)]
+            notes = [] if plan.specs else ["no layer was converted: the model is as it was"]
+            notes += [*plan.notes, *kept_because(plan.kept)]
             notes += [] if transaction is None else restarts(transaction.notes)
             if plan.specs and self.reset_monitors and self.resolved is not None:
                 kept = interplay.reset_monitors(run.trainer, first)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -36,26 +36,6 @@ class EventRecord:
     def to_dict(self) -> dict[str, Any]:
         """Plain data for logs and files."""
         return asdict(self)
-
-
-def kept_because(kept: Mapping[str, str], most: int = 4) -> list[str]:
-    """One line for each reason, with the layers that stay dense because of it.
-
-    Args:
-        kept: Reasons by layer.
-        most: How many layers of a reason are named.
-
-    Example:
-        >>> kept_because({"a": "it is small", "b": "it is small"})
-        ['kept a, b dense: it is small']
-    """
-    by_reason: dict[str, list[str]] = {}
-    for layer, reason in kept.items():
-        by_reason.setdefault(reason, []).append(layer)
-    return [
-        f"kept {', '.join(names[:most])}{' ...' if len(names) > most else ''} dense: {reason}"
-        for reason, names in by_reason.items()
-    ]
 
 
 def restarts(notes: Sequence[str]) -> list[str]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 
@@ -41,6 +42,11 @@ def example_call(run: Coordinator, example_inputs: Any, targets: Sequence[str], 
     module = run.pl_module
     given = example_inputs if example_inputs is not None else module.example_input_array
     if given is not None:
+        if not is_overridden("forward", module):
+            raise CompressionError(
+                f"{owner}: example inputs are arguments of `forward`, and {type(module).__name__} has none; define it, "
+                "or use a setting that needs no example call (a rule for each layer, or keep_parameters=)"
+            )
         return from_example_inputs(given).to(next(module.parameters()).device)
     if run.batch is None or not module.automatic_optimization:
         why = "there is no training batch yet" if run.batch is None else "a manually optimized step cannot be rehearsed"

@@ -70,7 +70,8 @@ class LowRank(CompressionCallback):
         optimizer_state: ``"restart"`` or ``"project"``: what becomes of Adam's moments.
         frobenius_decay: Weight decay of the products instead of their factors; set the optimizer's to 0 for them.
         rewarm: For how long the learning rate comes back from a tenth after the switch, such as ``"2%"``.
-        min_gain: Factors have to cost less than this share of the dense layer, in (0, 1].
+        min_gain: Factors have to cost less than this share of the dense layer, in (0, 1]; of an embedding only
+            parameters count, since looking rows up takes no multiplication.
         multiple_of: Ranks are rounded up to multiples of it, down for ``"ratio"``.
         keep_first_last: The first and the last layer stay dense.
         probe_latency: Time each layer with and without factors on the example call, and keep those dense that would
@@ -278,8 +279,9 @@ class LowRank(CompressionCallback):
         if self._checked or self.resolved is None or run.decisions.find(f"{self.name}/switch") is not None:
             return
         self._checked = True
-        if self.mode == "replace" and self.settings.budget in ("macs", "parameters"):
-            Work(self, run).rehearse()
+        rehearsed = run.decisions.find(f"{self.name}/latency") or run.decisions.find(f"{self.name}/rehearsed")
+        if self.settings.budget and rehearsed is None:
+            Work(self, run).rehearse(step)
         if self.mode == "masked":
             self._check_quantizers(run)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_compress import manifest
 from lightning_compress.callbacks import examples, interplay
-from lightning_compress.callbacks.events import EventRecord, kept_because, restarts
+from lightning_compress.callbacks.events import EventRecord, restarts
 from lightning_compress.callbacks.low_rank_inputs import covariances
 from lightning_compress.callbacks.pruning import Pruning
 from lightning_compress.cost import count_parameters
@@ -24,6 +24,7 @@ from lightning_compress.low_rank.planning import Context, Plan, check_reachable,
 from lightning_compress.low_rank.replacement import REPLACE, given, replace_edit
 from lightning_compress.low_rank.units import Unit, factored_parts, find_units, unit_of, weight_of
 from lightning_compress.probe import ExampleCall
+from lightning_compress.replacing import kept_because
 
 if TYPE_CHECKING:
     from lightning_compress.callbacks.coordinator import Coordinator
@@ -58,21 +59,39 @@ class Work:
                     transaction = run.edit(owner.name, [{**replace_edit(plan.layers), "by": owner.name}])
             if reason is not None:
                 run.decisions.record(step, f"{owner.name}/switch", reason)
+            notes += [] if plan.chosen else ["no layer was factored: the model is as dense as it was"]
             notes += kept_because(plan.kept) + ([] if transaction is None else restarts(transaction.notes))
             notes += self._reset_monitors(first) if plan.chosen else []
             record = self._record(step, plan, notes, seconds())
         run.emit(record)
 
-    def rehearse(self) -> None:
+    def rehearse(self, step: int) -> None:
         """Find out in the first step, not in the middle of the training, that a budget cannot be met."""
-        call = self._example([unit.layer for unit in self._dense_units(None)[0]])
-        if call is not None or self.owner.settings.budget == "parameters":
-            self.run.adapter.decide(lambda: self._check_budget(call))
+        run, owner = self.run, self.owner
+        present = self.masked_units() if owner.mode == "masked" else {}
+        call = self._example([unit.layer for unit in present or self._dense_units(None)[0]])
+        if call is None and owner.settings.budget != "parameters":
+            return
+        if owner.mode == "masked":
+            seen = None if call is None else run.adapter.in_step(lambda: self._observe_everywhere(call))
+            context = Context(self.root, self._weight, call, seen, present=present, parameters=self._size())
+            run.adapter.decide(lambda: check_reachable(list(present), {}, owner.settings, context))
+            return
+        table, ratios = run.adapter.decide(lambda: self._check_budget(call))
+        if table is not None:  # measured once: a resumed fit must not measure again and decide otherwise
+            run.decisions.record(step, f"{owner.name}/latency", table)
+        if ratios:
+            run.decisions.record(step, f"{owner.name}/rehearsed", dict(ratios))
 
-    def _check_budget(self, call: ExampleCall | None) -> None:
+    def _check_budget(self, call: ExampleCall | None) -> tuple[Mapping[str, Any] | None, Mapping[str, float]]:
         seen = self._observe(call)
-        units, _ = self._dense_units(seen)
-        check_reachable(units, self.owner.settings, Context(self.root, lambda u: weight_of(self.root, u), call, seen))
+        units, kept = self._dense_units(seen)
+        table = self._table(units, call, seen)
+        context = Context(self.root, self._weight, call, seen, table=table)
+        return table, check_reachable(units, kept, self.owner.settings, context)
+
+    def _weight(self, unit: Unit) -> Tensor:
+        return weight_of(self.root, unit)
 
     def _dense_units(self, seen: Observation | None) -> tuple[list[Unit], dict[str, str]]:
         owner = self.owner
@@ -142,11 +161,14 @@ class Work:
         if self.owner.settings.budget != "latency" or call is None or seen is None:
             return None
         known = self.run.decisions.find(f"{self.owner.name}/latency")
-        return latency.measure_table(self.root, call, units, seen) if known is None else known.outcome
+        if known is not None and latency.is_current(known.outcome, units):
+            return known.outcome  # type: ignore[no-any-return]
+        return latency.measure_table(self.root, call, units, seen)
 
     def _record_table(self, step: int, plan: Plan) -> None:
         """Keep what was measured: a resumed fit must not measure again and decide otherwise."""
-        if plan.table is not None:
+        known = self.run.decisions.find(f"{self.owner.name}/latency")
+        if plan.table is not None and (known is None or known.outcome != plan.table):
             self.run.decisions.record(step, f"{self.owner.name}/latency", plan.table)
         if plan.ratios:
             self.run.decisions.record(step, f"{self.owner.name}/probe", dict(plan.ratios))
@@ -217,6 +239,7 @@ class Work:
             run.decisions.record(step, f"{owner.name}/switch", reason)
             others = [e for e in manifest.edits_of(self.root) if e.get("by") != owner.name]
             first = not any(manifest.changes_outputs(e) for e in others) and not len(run.masking)
+            notes += [] if chosen else ["no rank was lowered: the model is as large as it was"]
             notes += kept_because(plan.kept) + (self._reset_monitors(first) if chosen else [])
             record = self._record(step, plan, notes, seconds())
         run.emit(record)

@@ -53,6 +53,8 @@ class CompressionMonitor(CompressionCallback):
 
     order: ClassVar[int] = REPORT
 
+    reports_events: ClassVar[bool] = True
+
     def __init__(
         self,
         max_layers: int = 10,

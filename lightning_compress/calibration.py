@@ -60,6 +60,8 @@ def calibration_calls(
     for batch in batches(data, samples, batch_size, seed):
         if isinstance(batch, ExampleCall):
             yield batch
+        elif _length(batch) == 0:
+            raise CompressionError("a batch for calibration is empty: it has no samples to look at")
         else:
             yield _call(batch, module, forward, example, prepare)
 

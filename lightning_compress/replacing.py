@@ -77,3 +77,23 @@ def _why_not_parameters(module: nn.Module, used: Mapping[int, int], weights: Seq
     if any(used.get(id(parameter), 0) > 1 for parameter in own if parameter.dim() > 1):
         return "its weight is tied to another layer"
     return None
+
+
+def kept_because(kept: Mapping[str, str], most: int = 4) -> list[str]:
+    """One line for each reason, with the layers that stay dense because of it.
+
+    Args:
+        kept: Reasons by layer.
+        most: How many layers of a reason are named.
+
+    Example:
+        >>> kept_because({"a": "it is small", "b": "it is small"})
+        ['kept a, b dense: it is small']
+    """
+    by_reason: dict[str, list[str]] = {}
+    for layer, reason in kept.items():
+        by_reason.setdefault(reason, []).append(layer)
+    return [
+        f"kept {', '.join(names[:most])}{' ...' if len(names) > most else ''} dense: {reason}"
+        for reason, names in by_reason.items()
+    ]

@@ -61,10 +61,7 @@ def _case(technique: str) -> Callable[[], dict[str, Any]]:
         wanted = _fit(folder, technique)
         return {
             "final": manifest.digest(wanted),
-            **{
-                stop: differences(wanted, _fit(None, technique, resume=folder / f"{stop}.ckpt"))
-                for stop in STOPS
-            },
+            **{stop: differences(wanted, _fit(None, technique, resume=folder / f"{stop}.ckpt")) for stop in STOPS},
         }
 
     return run

@@ -39,7 +39,7 @@ def solve(options: Mapping[str, Sequence[Option]], fixed: float, target: float, 
         options: For each weight at least one.
         fixed: Cost of everything else.
         target: Most that all may cost.
-        what: For messages.
+        what: The unit, for messages.
 
     Raises:
         CompressionError: If the cheapest options cost more.
@@ -54,7 +54,8 @@ def solve(options: Mapping[str, Sequence[Option]], fixed: float, target: float, 
     if _total(cheapest, fixed) > target:
         raise CompressionError(
             f"the smallest ranks leave {_total(cheapest, fixed):.4g} {what}, and {target:.4g} were asked for; ask for "
-            "more, let more layers be factored (targets=, exclude=, keep_first_last=, min_gain=), or lower multiple_of"
+            "more, let more layers be factored (targets=, exclude=, keep_first_last=, min_gain=, no probe_latency), or "
+            "lower multiple_of"
         )
     return _fill(options, _knapsack(options, cheapest, target - _total(cheapest, fixed)), fixed, target)
 

@@ -46,7 +46,7 @@ def measure_table(root: nn.Module, call: ExampleCall, units: Sequence[Unit], see
     Weights of recurrent layers are left out: they cannot be timed one by one.
 
     Returns:
-        Plain data: ``{"model": s, "layers": {name: {"dense": s, "points": [[macs, s], ...]}}}``.
+        Plain data: ``{"model": s, "layers": {name: {"shape": [...], "dense": s, "points": [[macs, s], ...]}}}``.
     """
     model = latency({"model": lambda: call.run(root)}, REPEATS, 2)["model"].p50
     table: dict[str, Any] = {}
@@ -72,7 +72,13 @@ def _time_unit(root: nn.Module, unit: Unit, geometry: costs.Geometry, seen: Obse
     with isolated_rng(), as_found(module), torch.inference_mode():
         times = latency(calls, REPEATS, 3)
     points = sorted([costs.macs(unit, ranks, geometry), times[str(ranks)].p50] for ranks in built)
-    return {"dense": times["dense"].p50, "points": points}
+    return {"shape": list(unit.shape), "dense": times["dense"].p50, "points": points}
+
+
+def is_current(table: Mapping[str, Any], units: Sequence[Unit]) -> bool:
+    """Whether layers still have the shapes with which they were timed."""
+    known = table["layers"]
+    return all(list(unit.shape) == known[unit.name]["shape"] for unit in units if unit.name in known)
 
 
 def predicted(entry: Mapping[str, Any], unit: Unit, ranks: Ranks | None, geometry: costs.Geometry) -> float:

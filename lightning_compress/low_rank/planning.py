@@ -16,10 +16,14 @@ from lightning_compress.low_rank.costs import Geometry, Observation
 from lightning_compress.low_rank.factorization import Ranks
 from lightning_compress.low_rank.units import Unit
 from lightning_compress.probe import ExampleCall
+from lightning_compress.replacing import kept_because
 from lightning_compress.targets import get_submodule_clean
 
 Rule = Literal["energy", "ratio", "stable", "evbmf", "full", "fixed"]
 What = Literal["macs", "parameters", "latency"]
+UNITS = {
+    "macs": "multiply-accumulates", "parameters": "parameters", "latency": "seconds for the example call",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -120,14 +124,7 @@ def make_plan(units: Sequence[Unit], kept: Mapping[str, str], settings: Settings
         CompressionError: If a budget cannot be met, or needs an example call that is not there.
     """
     plan = Plan(kept=dict(kept))
-    left = _usable(units, context, plan)
-    while True:
-        chosen = _budgeted(left, settings, context, plan) if settings.budget else _ruled(left, settings, context, plan)
-        slow = _slower(chosen, settings, context, plan)
-        if not slow:
-            break
-        left = [unit for unit in left if unit.layer not in slow]
-    for unit, wanted in chosen.items():
+    for unit, wanted in _choose(units, settings, context, plan).items():
         found = tuple(min(r, m) for r, m in zip(wanted, context.present.get(unit, wanted), strict=True))
         try:
             covariance = context.covariances.get(unit.name) if unit.algebra.whitens else None
@@ -141,6 +138,25 @@ def make_plan(units: Sequence[Unit], kept: Mapping[str, str], settings: Settings
         plan.factors.setdefault(unit.layer, {})[unit.part] = factors
     _sum_up(plan, units, settings, context)
     return plan
+
+
+def _choose(units: Sequence[Unit], settings: Settings, context: Context, plan: Plan) -> dict[Unit, Ranks]:
+    """Ranks; with a probe again and again, without the layers that were slower, until none is."""
+    left = _usable(units, context, plan)
+    reasons = dict(plan.kept)
+    while True:
+        plan.kept = dict(reasons)  # what one round says of a layer is not true of the next
+        try:
+            rank_all = _budgeted if settings.budget else _ruled
+            chosen = rank_all(left, settings, context, plan)
+        except CompressionError as error:
+            dense = "".join(f"\n- {line}" for line in kept_because(plan.kept))
+            raise CompressionError(f"{error}. Not to be had:{dense}" if dense else str(error)) from error
+        slow = _slower(chosen, settings, context, plan)
+        if not slow:
+            return chosen
+        reasons |= slow
+        left = [unit for unit in left if unit.layer not in slow]
 
 
 def _usable(units: Sequence[Unit], context: Context, plan: Plan) -> list[Unit]:
@@ -160,12 +176,23 @@ def _values(unit: Unit, context: Context) -> tuple[Tensor, ...]:
     return unit.algebra.values(weight, unit.groups, context.covariances.get(unit.name))
 
 
-def check_reachable(units: Sequence[Unit], settings: Settings, context: Context) -> None:
+def check_reachable(
+    units: Sequence[Unit], kept: Mapping[str, str], settings: Settings, context: Context
+) -> Mapping[str, float]:
     """Refuse a budget that no ranks can meet, before any training is spent on it.
 
+    With a probe the ranks that the weights of now would have are timed.
+
+    Returns:
+        What a probe found: time with factors by time without, by layer.
+
     Raises:
-        CompressionError: With what is reachable.
+        CompressionError: With what is reachable, and which layers cannot take part.
     """
+    if settings.probe:
+        plan = Plan(kept=dict(kept))
+        _choose(units, settings, context, plan)
+        return plan.ratios
     options = {}
     for unit in units:
         if context.seen is None or context.geometry(unit) is not None:
@@ -173,7 +200,12 @@ def check_reachable(units: Sequence[Unit], settings: Settings, context: Context)
             options[unit.name] = [Option(found, _cost(unit, found, settings, context) or 0.0, 0.0) for found in every]
     total = model_cost(settings, context)
     fixed = total - sum(every[0].cost for every in options.values())
-    solve(options, fixed, settings.keep * total, settings.budget or "")
+    try:
+        solve(options, fixed, settings.keep * total, UNITS[settings.budget or "parameters"])
+    except CompressionError as error:
+        dense = "".join(f"\n- {line}" for line in kept_because(kept))
+        raise CompressionError(f"{error}. Not to be had:{dense}" if dense else str(error)) from error
+    return {}
 
 
 def _worth(unit: Unit, settings: Settings, context: Context) -> list[Ranks]:
@@ -236,7 +268,7 @@ def _budgeted(units: Sequence[Unit], settings: Settings, context: Context, plan:
             options[unit.name].append(Option(found, cost, ranks.lost_energy(values, found)))
     total = model_cost(settings, context)
     fixed = total - sum(every[0].cost for every in options.values())
-    solved = solve(options, fixed, settings.keep * total, settings.budget or "")
+    solved = solve(options, fixed, settings.keep * total, UNITS[settings.budget or "parameters"])
     for name, one in solved.items():
         if one.ranks is None:
             plan.kept[name] = "the budget is better spent with it dense"
@@ -294,20 +326,19 @@ def _dense_macs(context: Context) -> int:
 
 
 # --------------------------------------------------------------------------------------------------------------- probe
-def _slower(chosen: Mapping[Unit, Ranks], settings: Settings, context: Context, plan: Plan) -> set[str]:
+def _slower(chosen: Mapping[Unit, Ranks], settings: Settings, context: Context, plan: Plan) -> dict[str, str]:
     """Layers whose factors take longer than the dense layer does, on this machine."""
     if not settings.probe or context.seen is None:
-        return set()
-    slow: set[str] = set()
+        return {}
+    slow: dict[str, str] = {}
     for layer, spec in Plan(chosen=dict(chosen)).layers.items():
         if layer in plan.ratios:
             continue
         args, kwargs = context.seen.arguments[layer]
         ratio = plan.ratios[layer] = latency.layer_ratio(get_submodule_clean(context.root, layer), spec, args, kwargs)
         if ratio > 1:
-            slow.add(layer)
             said = ", ".join(f"rank {' x '.join(map(str, how['ranks']))}" for how in spec.values())
-            plan.kept[layer] = f"its factors ({said}) took {ratio:.2f} of its own time here"
+            slow[layer] = f"its factors ({said}) took {ratio:.2f} of its own time here"
     return slow
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_compress import recurrent, replacing
 from lightning_compress.low_rank.attention import LowRankMultiheadAttention, projection_weights
@@ -95,6 +96,7 @@ def find_units(
         first, *last = first_and_last([n for n in ran if n in every] if ran is not None else every) or ("", "")
         kept |= {first: "it is the first layer", **{name: "it is the last layer" for name in last}}
     kept = {name: reason for name, reason in kept.items() if name in chosen}
+    kept |= _of_other_kinds(root, targets, exclude, inside)
     units: list[Unit] = []
     uses = replacing.uses(root)
     for name, module in chosen.items():
@@ -104,6 +106,20 @@ def find_units(
         else:
             kept[name] = reason
     return units, kept
+
+
+def _of_other_kinds(
+    root: nn.Module, targets: Sequence[Pattern] | Pattern, exclude: Sequence[Pattern] | Pattern, inside: Collection[str]
+) -> dict[str, str]:
+    """Why layers stay dense that have a weight, and are none of the kinds known here."""
+    matched = select(root, targets, exclude, kinds=(nn.Module,))
+    found = {}
+    for name, module in matched.items():
+        weight = module._parameters.get("weight")
+        known = isinstance(module, KINDS) or name in inside or weight is None or is_lazy(weight)
+        if not known and weight is not None and weight.dim() > 1:
+            found[name] = f"it is a {type(module).__name__}, and what that computes is not known here"
+    return found
 
 
 def units_of(name: str, module: nn.Module, method: ConvMethod = "channel") -> list[Unit]:

@@ -142,6 +142,7 @@ def test_prepare_says_what_the_model_takes(tmp_path):
 
 
 WRONG = {
+    "a batch without samples": ([torch.zeros(0, 1, 8, 8)], CompressionError, "is empty"),
     "empty": ([], CompressionError, "holds no batch"),
     "number": (3, TypeError, "calibration is a DataLoader.*got int"),
     "text batch": (["abc"], CompressionError, "a batch for calibration is a str; pass `prepare=`"),

@@ -285,13 +285,15 @@ def test_the_full_rank_decomposition_changes_only_what_has_fewer_directions_than
 
 def test_a_latency_budget_is_measured_once_and_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     points = [[1e4, 1.0], [1e6, 4.0]]
-    table = {"model": 10.0, "layers": {"net.3": {"dense": 8.0, "points": points}}}
-    monkeypatch.setattr(planning.latency, "measure_table", lambda *_: table)
+    shape = list(TinyNet().net[3].weight.shape)
+    table = {"model": 10.0, "layers": {"net.3": {"shape": shape, "dense": 8.0, "points": points}}}
+    tables = [table]
+    monkeypatch.setattr(planning.latency, "measure_table", lambda *_: tables.pop())
     ours = LowRank(latency=0.5, schedule=AT)
     _, _, events = run([ours])
     assert events.records[0].asked == {"latency": 0.5}
     assert events.records[0].reached["latency"] <= 0.5
-    assert {"step": 5, "name": "LowRank/latency", "outcome": table} in ours.state_dict()["shared"]["decisions"]
+    assert {"step": 0, "name": "LowRank/latency", "outcome": table} in ours.state_dict()["shared"]["decisions"]
 
 
 def test_a_layer_with_nan_stays_dense_and_the_others_are_factored() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import fits
+import lightning
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,8 +17,16 @@ from torch import nn
 
 import lightning_compress as lc
 from lightning_compress import manifest
-from lightning_compress.callbacks import ChannelPruning, LowRank, Pruning, QuantizationAwareTraining, _cli
+from lightning_compress.callbacks import (
+    ChannelPruning,
+    CompressionMonitor,
+    LowRank,
+    Pruning,
+    QuantizationAwareTraining,
+    _cli,
+)
 from lightning_compress.callbacks.testing import TinyNet
+from lightning_compress.low_rank import latency
 from lightning_compress.low_rank.modules import Factored, TuckerConv
 
 ROOT = Path(__file__).parents[2]
@@ -174,6 +183,64 @@ def test_a_budget_that_cannot_be_met_is_refused_in_the_first_step() -> None:
     with pytest.raises(lc.CompressionError, match="the smallest ranks leave"):
         run([LowRank(keep_macs=0.1, schedule=lc.Schedule(begin=12))], module)
     assert manifest.equal(module.state_dict(), before)
+
+
+LATE = lc.Schedule(begin=12)
+
+
+def test_a_budget_of_masked_ranks_that_cannot_be_met_is_refused_in_the_first_step() -> None:
+    for budget in ({"keep_parameters": 0.05}, {"keep_macs": 0.05}):
+        module = TinyNet()
+        with pytest.raises(lc.CompressionError, match="the smallest ranks leave"):
+            run([LowRank(**budget, mode="masked", schedule=LATE)], module)
+        assert module.trainer.global_step == 0
+
+
+@pytest.mark.parametrize("slower", [{"latency": 0.5}, {"keep_parameters": 0.8, "probe_latency": True}])
+def test_a_budget_that_no_measured_time_allows_is_refused_in_the_first_step(
+    slower: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(latency, "layer_ratio", lambda *_: 1.5)
+    monkeypatch.setattr(latency, "_time_unit", lambda *_: {"shape": [], "dense": 0.1, "points": [[1.0, 9.0], [2.0, 9]]})
+    module = TinyNet()
+    with pytest.raises(lc.CompressionError, match="the smallest ranks leave"):
+        run([LowRank(**slower, schedule=LATE)], module)
+    assert module.trainer.global_step == 0
+
+
+def test_layers_that_are_cut_before_the_switch_are_timed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def timed(root: Any, unit: Any, *_: Any) -> dict[str, Any]:
+        return {"shape": list(unit.shape), "dense": 1.0, "points": [[1.0, 0.1], [2.0, 0.1]]}
+
+    monkeypatch.setattr(latency, "_time_unit", timed)
+    cut = ChannelPruning(keep_macs=0.6, schedule=lc.Schedule(begin=2, curve="constant"))
+    ours = LowRank(latency=0.5, multiple_of=4, schedule=AT)
+    run([cut, ours])
+    tables = [d for d in ours.state_dict()["shared"]["decisions"] if d["name"] == "LowRank/latency"]
+    first, second = ({n: e["shape"] for n, e in table["outcome"]["layers"].items()} for table in tables)
+    assert first != second
+
+
+def test_why_layers_stay_dense_is_printed_without_a_monitor(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("lightning_compress.callbacks.coordinator.rank_zero_info", said.append)
+    run([LowRank(rank=10**6, schedule=AT)])
+    assert said[0] == "LowRank, step 5: no layer was factored: the model is as dense as it was"
+    assert any("kept net.3 dense: rank" in line and "of its parameters" in line for line in said)
+    said.clear()
+    run([LowRank(rank=10**6, schedule=AT), CompressionMonitor(print_events=False)])
+    assert said == []  # it was told not to
+
+
+def test_example_inputs_for_a_module_without_a_forward() -> None:
+    class Silent(TinyNet):
+        forward = lightning.LightningModule.forward
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    with pytest.raises(lc.CompressionError, match="arguments of `forward`, and Silent has none"):
+        run([LowRank(keep_macs=0.6, schedule=AT, example_inputs=torch.zeros(2, 1, 8, 8))], Silent())
 
 
 def test_patterns_and_manual_optimization_say_what_to_do() -> None:

@@ -165,11 +165,13 @@ def test_a_larger_budget_never_loses_more() -> None:
 
 def test_a_budget_that_cannot_be_met_says_what_can() -> None:
     model = net()
-    with pytest.raises(CompressionError, match=r"the smallest ranks leave .* macs, and .* were asked for"):
+    with pytest.raises(
+        CompressionError, match=r"the smallest ranks leave .* multiply-accumulates, and .* were asked for"
+    ):
         plan(model, Settings(budget="macs", keep=0.05))
     units, _ = find_units(model)
     with pytest.raises(CompressionError, match="needs an example call"):
-        check_reachable(units, Settings(budget="macs", keep=0.5), Context(model, lambda unit: weight_of(model, unit)))
+        check_reachable(units, {}, Settings(budget="macs", keep=0.5), Context(model, lambda u: weight_of(model, u)))
 
 
 def test_a_latency_budget_follows_the_table() -> None:
@@ -201,6 +203,41 @@ def test_the_probe_rejects_a_slower_layer_and_says_so(monkeypatch: pytest.Monkey
     assert {unit.name for unit in found.chosen} == {"2", "4"}
     assert found.kept["7"] == "its factors (rank 24) took 1.30 of its own time here"
     assert found.ratios == {"2": 0.7, "4": 0.7, "7": 1.3}
+
+
+def test_a_budget_that_the_probe_leaves_nothing_for_says_which_layers_were_slower(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(latency, "layer_ratio", lambda *_: 1.3)
+    with pytest.raises(CompressionError, match=r"(?s)no probe_latency.*kept 4 dense: .* took 1\.30 of its own time"):
+        plan(net(), Settings(budget="parameters", keep=0.7, probe=True), keep_arguments=True)
+
+
+def test_what_one_round_of_the_probe_said_of_a_layer_does_not_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the layer that is slower the budget needs others, which were better spent dense before."""
+    for slow in ("2", "4", "7"):
+        model = net()
+        rejected = model.get_submodule(slow)
+        monkeypatch.setattr(latency, "layer_ratio", lambda module, *_, r=rejected: 1.3 if module is r else 0.7)
+        for keep in (0.6, 0.75, 0.85):
+            try:
+                found = plan(model, Settings(budget="parameters", keep=keep, probe=True), keep_arguments=True)
+            except CompressionError:
+                continue
+            assert not {unit.name for unit in found.chosen} & found.kept.keys()
+
+
+def test_a_layer_of_another_kind_is_named() -> None:
+    class Transposed(nn.Module):  # as GPT-2's in transformers
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(8, 16))
+
+    model = nn.Sequential(*net(), Transposed(), nn.LayerNorm((2, 2)))
+    _, kept = find_units(model, exclude=["LayerNorm"])
+    assert kept["10"] == "it is a Transposed, and what that computes is not known here"
+    assert "11" not in kept
+    assert "10" not in find_units(model, targets=["4"])[1]
 
 
 def test_a_layer_is_really_slower_with_useless_factors() -> None:
