@@ -103,6 +103,9 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, help="default: 8, and 12 of the transformer")
     parser.add_argument("--repeats", type=int, default=40)
+    parser.add_argument("--rate", type=float, help="highest learning rate of every arm; default: the network's")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), help="beside the dense network; default: all")
     chosen = parser.parse_args()
+    if chosen.rate:
+        NETS[chosen.net][0].rate = chosen.rate  # type: ignore[attr-defined]
     main(chosen.net, chosen.seeds, chosen.epochs or EPOCHS[chosen.net], chosen.repeats, chosen.arms)
