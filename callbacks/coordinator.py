@@ -405,7 +405,7 @@ class Coordinator(Clock):
         return transactions.edit(self, technique, edits)
 
     def emit(self, record: EventRecord) -> None:
-        """Tell every technique, on every rank, of an event; what is noted of it is printed in any case."""
+        """Tell every technique, on every rank, of an event; without a monitor print what is noted of it."""
         if not any(technique.reports_events for technique in self.techniques):
             for note in record.notes:
                 rank_zero_info(f"{record.name}, step {record.step}: {note}")

@@ -45,7 +45,7 @@ def example_call(run: Coordinator, example_inputs: Any, targets: Sequence[str], 
         if not is_overridden("forward", module):
             raise CompressionError(
                 f"{owner}: example inputs are arguments of `forward`, and {type(module).__name__} has none; define it, "
-                "or use a setting that needs no example call (a rule for each layer, or keep_parameters=)"
+                "or leave them out where the training step can be rehearsed (automatic optimization)"
             )
         return from_example_inputs(given).to(next(module.parameters()).device)
     if run.batch is None or not module.automatic_optimization:

@@ -20,6 +20,7 @@ from lightning_compress.low_rank.replacement import StateMode, given
 from lightning_compress.low_rank.units import find_units
 from lightning_compress.probe import ExampleCall, from_example_inputs
 from lightning_compress.pruning.budgets import Budget
+from lightning_compress.replacing import kept_because
 from lightning_compress.schedule import Schedule
 from lightning_compress.search.joint import Criterion, JointPlan, check_joint, plan_joint
 from lightning_compress.search.space import KINDS, Kind, Settings
@@ -216,10 +217,8 @@ class JointCompression(CompressionCallback):
             finally:
                 run.batch = before
             edits = [{**edit, "by": self.name} for edit in plan.edits]
-            first, notes = (
-                not run.is_changed,
-                [*plan.notes, *_summary(plan.skipped, "width"), *_summary(plan.kept, "dense")],
-            )
+            first = not run.is_changed
+            notes = [*plan.notes, *kept_because(plan.skipped, "(width)"), *kept_because(plan.kept, "(dense)")]
             if edits:
                 with given(run.pl_module, plan.factors, self.optimizer_state):
                     notes += run.edit(self.name, edits).notes
@@ -283,14 +282,3 @@ def _check_numbers(whole: Mapping[str, Any], shares: Mapping[str, Any], min_gain
             raise TypeError(f"{argument} is a share, such as 0.5; got {value!r}")
     if min_gain is None or not 0 < min_gain <= 1:
         raise ValueError(f"min_gain is a share in (0, 1]; got {min_gain!r}")
-
-
-def _summary(reasons: Mapping[str, str], what: str) -> list[str]:
-    """One line for each reason, with the layers that stay as they are because of it."""
-    layers: dict[str, list[str]] = {}
-    for layer, reason in reasons.items():
-        layers.setdefault(reason, []).append(layer)
-    return [
-        f"kept {', '.join(names[:4])}{' ...' if len(names) > 4 else ''} ({what}): {reason}"
-        for reason, names in layers.items()
-    ]

@@ -79,11 +79,12 @@ def _why_not_parameters(module: nn.Module, used: Mapping[int, int], weights: Seq
     return None
 
 
-def kept_because(kept: Mapping[str, str], most: int = 4) -> list[str]:
-    """One line for each reason, with the layers that stay dense because of it.
+def kept_because(kept: Mapping[str, str], how: str = "dense", most: int = 4) -> list[str]:
+    """One line for each reason, with the layers that stay as they are because of it.
 
     Args:
         kept: Reasons by layer.
+        how: What they stay.
         most: How many layers of a reason are named.
 
     Example:
@@ -94,6 +95,6 @@ def kept_because(kept: Mapping[str, str], most: int = 4) -> list[str]:
     for layer, reason in kept.items():
         by_reason.setdefault(reason, []).append(layer)
     return [
-        f"kept {', '.join(names[:most])}{' ...' if len(names) > most else ''} dense: {reason}"
+        f"kept {', '.join(names[:most])}{' ...' if len(names) > most else ''} {how}: {reason}"
         for reason, names in by_reason.items()
     ]

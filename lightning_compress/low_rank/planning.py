@@ -150,8 +150,7 @@ def _choose(units: Sequence[Unit], settings: Settings, context: Context, plan: P
             rank_all = _budgeted if settings.budget else _ruled
             chosen = rank_all(left, settings, context, plan)
         except CompressionError as error:
-            dense = "".join(f"\n- {line}" for line in kept_because(plan.kept))
-            raise CompressionError(f"{error}. Not to be had:{dense}" if dense else str(error)) from error
+            raise _with_reasons(error, plan.kept) from error
         slow = _slower(chosen, settings, context, plan)
         if not slow:
             return chosen
@@ -203,9 +202,14 @@ def check_reachable(
     try:
         solve(options, fixed, settings.keep * total, UNITS[settings.budget or "parameters"])
     except CompressionError as error:
-        dense = "".join(f"\n- {line}" for line in kept_because(kept))
-        raise CompressionError(f"{error}. Not to be had:{dense}" if dense else str(error)) from error
+        raise _with_reasons(error, kept) from error
     return {}
+
+
+def _with_reasons(error: CompressionError, kept: Mapping[str, str]) -> CompressionError:
+    """The same, and which layers could not help to meet the budget."""
+    dense = "".join(f"\n- {line}" for line in kept_because(kept))
+    return CompressionError(f"{error}. Not to be had:{dense}" if dense else str(error))
 
 
 def _worth(unit: Unit, settings: Settings, context: Context) -> list[Ranks]:
